@@ -1,0 +1,231 @@
+"""The compression algorithm, once, for every stage and family: defines `compress`.
+
+Choose basis tokens, rebuild every token from them by least squares, keep the tokens with the largest error, let basis
+features take the place of the least informative kept ones, and merge the rest into their most similar kept token
+(ApET, arXiv 2602.19870, section 3). Stages and families differ by arguments only. Pure function: no model, no host
+synchronisation, no data-dependent shape, no global random state.
+"""
+
+import torch
+from torch import Tensor
+
+from apet.core.approx import approximation_errors
+from apet.core.basis import select_basis
+from apet.core.merge import merge_into, nearest_receivers
+from apet.core.types import Basis, CompressedTokens, gather_rows
+
+BASIS_SELECTIONS = ("fps", "dpc", "random")
+SLOTS = ("position", "error")
+INSERTIONS = ("overwrite", "blend", "append", "none")
+
+
+def compress(
+    tokens: Tensor,
+    keep: int,
+    *,
+    basis: int = 10,
+    basis_selection: str = "fps",
+    start: int | Tensor | None = None,
+    ridge: float = 1e-5,
+    slots: str = "position",
+    insertion: str = "overwrite",
+    merge: bool = True,
+    mask: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    validate: bool = False,
+) -> CompressedTokens:
+    """Reduce every sample of a batch to `keep` tokens.
+
+    Args:
+        tokens: (B, N, D) floating point; computed in float32 (float64 stays float64), returned in its own dtype, never
+            modified.
+        keep: Tokens kept per sample, at least 1. `keep` >= N returns the tokens unchanged.
+        basis: Basis tokens k. With "overwrite" and "blend" at most `keep` - 1 are used, so that a receiver remains.
+        basis_selection: "fps" (farthest-point sampling), "dpc" (density-peak cluster means) or "random".
+        start: First token of "fps": an index or a (B,) tensor; None is the token farthest from the mean.
+        ridge: Ridge of the least-squares problem, absolute.
+        slots: Which of the k least informative kept tokens takes basis token j: ordered by "position" or by falling
+            "error".
+        insertion: What happens in these slots: "overwrite" by the basis feature, "blend" half and half, "append" the
+            basis after the kept tokens instead (`keep` + k rows), or "none".
+        merge: Average dropped tokens into their most similar kept token; False drops them.
+        mask: (B, N) bool, True for real tokens. Padding is never chosen, never merged and takes no budget; a sample
+            with fewer real tokens than `keep` keeps all of them, followed by zero rows with index -1.
+        generator: Randomness of "random"; None draws the same positions at every call.
+        validate: Check the values too (finite tokens, `start` in range, `mask` not empty). Costs one host
+            synchronisation.
+
+    Returns:
+        CompressedTokens. Equal input gives equal output: ties go to the lower position, and a sample alone gives what
+        it gives in a batch. A non-finite sample does not touch the others.
+
+    Raises:
+        ValueError: An argument is out of range, or with `validate` a value is.
+        TypeError: `tokens` is not a floating point tensor, or `keep` or `basis` is not an int.
+    """
+    _check_arguments(tokens, keep, basis, basis_selection, start, ridge, slots, insertion, mask)
+    if validate:
+        _check_values(tokens, start, mask)
+    with torch.autocast(tokens.device.type, enabled=False):
+        x = tokens.to(torch.float64 if tokens.dtype == torch.float64 else torch.float32)
+        n = x.shape[1]
+        if keep >= n:
+            picks = select_basis(x, min(basis, n), basis_selection, start=start, mask=mask, generator=generator)
+            return _identity(tokens, _masked_errors(x, picks, ridge, mask), picks.indices)
+        k = min(basis, keep - 1) if insertion in ("overwrite", "blend") else min(basis, n)
+        picks = select_basis(x, k, basis_selection, start=start, mask=mask, generator=generator)
+        errors = _masked_errors(x, picks, ridge, mask)
+        return _keep_and_merge(tokens, x, keep, picks, errors, slots, insertion, merge, mask)
+
+
+def _masked_errors(x: Tensor, picks: Basis, ridge: float, mask: Tensor | None) -> Tensor:
+    errors = approximation_errors(x, picks, ridge)
+    return errors if mask is None else errors.masked_fill(~mask, -torch.inf)
+
+
+def _identity(tokens: Tensor, errors: Tensor, basis: Tensor) -> CompressedTokens:
+    batch, n = tokens.shape[:2]
+    indices = torch.arange(n, device=tokens.device).repeat(batch, 1)
+    return CompressedTokens(tokens, indices, errors.float(), basis, indices.clone())
+
+
+def _keep_and_merge(
+    tokens: Tensor,
+    x: Tensor,
+    keep: int,
+    picks: Basis,
+    errors: Tensor,
+    slots: str,
+    insertion: str,
+    merge: bool,
+    mask: Tensor | None,
+) -> CompressedTokens:
+    """Steps C4 to C7 of the algorithm specification, in order of falling error ("rank") until the last step."""
+    order = errors.sort(dim=-1, descending=True, stable=True).indices
+    kept, dropped = order[:, :keep], order[:, keep:]
+    features = gather_rows(x, kept)
+    rank = torch.arange(keep, device=x.device).expand_as(kept)
+    real = None if mask is None else mask.gather(1, kept)
+
+    slot_count = _slot_count(picks, insertion, real)
+    is_slot = rank >= keep - slot_count
+    if merge:
+        donors = gather_rows(x, dropped)
+        receives = ~is_slot if real is None else ~is_slot & real
+        target = nearest_receivers(donors, features, receives)
+        weight = None if mask is None else mask.gather(1, dropped).to(x.dtype)
+        merged = merge_into(features, donors, target, weight)
+        features = merged if insertion in ("append", "none") else torch.where(is_slot.unsqueeze(-1), features, merged)
+    else:
+        target = torch.full_like(dropped, -1)
+    if insertion in ("overwrite", "blend") and picks.indices.shape[1] > 0:
+        features = _insert_basis(features, picks, kept, is_slot, slot_count, slots, insertion)
+    if real is not None:
+        features = torch.where(real.unsqueeze(-1), features, 0)
+        kept = torch.where(real, kept, -1)
+
+    if insertion == "append":
+        features = torch.cat([features, picks.features], 1)
+        indices, row = torch.cat([kept, picks.indices], 1), rank
+    else:
+        features, indices, row = _by_position(features, kept, x.shape[1])
+    sources = _sources(order, row, target, mask)
+    return CompressedTokens(features.to(tokens.dtype), indices, errors.float(), picks.indices, sources)
+
+
+def _slot_count(picks: Basis, insertion: str, real: Tensor | None) -> Tensor:
+    """Slots (B, 1) that take a basis feature: the valid picks, none where all real tokens of a sample are kept."""
+    count = picks.valid.sum(-1, keepdim=True)
+    if insertion in ("append", "none"):
+        return torch.zeros_like(count)
+    if real is None:
+        return count
+    return torch.where(real.all(-1, keepdim=True), count, 0)
+
+
+def _insert_basis(
+    features: Tensor,
+    picks: Basis,
+    kept: Tensor,
+    is_slot: Tensor,
+    slot_count: Tensor,
+    slots: str,
+    insertion: str,
+) -> Tensor:
+    """Write (or blend) basis token j into slot j, slots numbered by position or by falling error."""
+    keep = kept.shape[1]
+    if slots == "error":
+        number = torch.arange(keep, device=kept.device) - (keep - slot_count)
+    else:
+        place = torch.where(is_slot, kept, -1)
+        smaller = is_slot.unsqueeze(1) & (place.unsqueeze(1) < place.unsqueeze(2))
+        number = smaller.sum(-1)
+    number = number.clamp(0, picks.indices.shape[1] - 1)
+    incoming = gather_rows(picks.features, number)
+    if insertion == "blend":
+        incoming = 0.5 * incoming + 0.5 * features
+    return torch.where(is_slot.unsqueeze(-1), incoming, features)
+
+
+def _by_position(features: Tensor, kept: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows in ascending source position (missing rows last), their positions, and the row of every rank."""
+    position = torch.where(kept < 0, n, kept).sort(dim=-1, stable=True)
+    row = position.indices.argsort(dim=-1)
+    return gather_rows(features, position.indices), kept.gather(1, position.indices), row
+
+
+def _sources(order: Tensor, row: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Output row (B, N) of every token, from the rows of the kept ranks and the ranks that dropped tokens joined."""
+    joined = torch.where(target < 0, -1, row.gather(1, target.clamp(min=0)))
+    sources = torch.empty_like(order).scatter(1, order, torch.cat([row, joined], 1))
+    return sources if mask is None else sources.masked_fill(~mask, -1)
+
+
+def _check_arguments(tokens, keep, basis, basis_selection, start, ridge, slots, insertion, mask) -> None:
+    if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
+        raise TypeError(f"tokens must be a floating point tensor (B, N, D), got {getattr(tokens, 'dtype', type(tokens))}")
+    if tokens.dim() != 3 or tokens.shape[1] == 0:
+        raise ValueError(f"tokens must have shape (B, N, D) with N >= 1, got {tuple(tokens.shape)}")
+    for name, value, least in (("keep", keep, 1), ("basis", basis, 0)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < least:
+            raise ValueError(f"{name}={value} is too small; it must be at least {least}")
+    if not ridge >= 0:
+        raise ValueError(f"ridge={ridge} must not be negative")
+    for name, value, allowed in (
+        ("basis_selection", basis_selection, BASIS_SELECTIONS),
+        ("slots", slots, SLOTS),
+        ("insertion", insertion, INSERTIONS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+    batch, n = tokens.shape[:2]
+    if isinstance(start, Tensor):
+        if start.shape not in (torch.Size([]), torch.Size([1]), torch.Size([batch])):
+            raise ValueError(f"start must have shape ({batch},), one index per sample, got {tuple(start.shape)}")
+    elif start is not None and not 0 <= start < n:
+        raise ValueError(f"start={start} is not one of the {n} tokens; choose 0..{n - 1}")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens.shape[:2]):
+        raise ValueError(f"mask must be bool of shape {(batch, n)}, got {mask.dtype} {tuple(mask.shape)}")
+
+
+def _check_values(tokens: Tensor, start: int | Tensor | None, mask: Tensor | None) -> None:
+    """The checks that read values: gathered into one transfer to the host."""
+    finite = tokens.isfinite().all(-1)
+    bad = ~(finite.all(-1) if mask is None else (finite | ~mask).all(-1))
+    empty = torch.zeros_like(bad) if mask is None else ~mask.any(-1)
+    n = tokens.shape[1]
+    outside = torch.zeros_like(bad)
+    if isinstance(start, Tensor):
+        outside = ((start < 0) | (start >= n)).to(bad.device).expand_as(bad)
+    for name, rows in zip(("bad", "empty", "outside"), torch.stack([bad, empty, outside]).tolist(), strict=True):
+        if any(rows):
+            sample = rows.index(True)
+            raise ValueError(
+                {
+                    "bad": f"sample {sample} holds NaN or infinite tokens; find their source before compressing",
+                    "empty": f"sample {sample} has no real token in its mask; leave the sample out",
+                    "outside": f"start of sample {sample} is not one of its {n} tokens; choose 0..{n - 1}",
+                }[name]
+            )

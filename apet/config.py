@@ -1,0 +1,211 @@
+"""What to compress and by how much: `ApetConfig`, checked before any model is touched, and the presets per family.
+
+Budgets follow the published flags: `visual_token_num` tokens per image leave the vision stage, and directly after
+decoder layer `layer_list[i]` (counted from 1) each image is cut to `image_token_list[i]` tokens. Ratios can stand in for
+counts. Nothing given means no compression.
+"""
+
+import ast
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+POSITION_MODES = ("auto", "compact", "keep")
+STAGES = ("vision", "llm")
+
+
+@dataclass(frozen=True)
+class StagePreset:
+    """How one stage of one family runs the algorithm (arguments of `apet.compress`)."""
+
+    slots: str = "position"
+    insertion: str = "overwrite"
+    ridge: float = 1e-5
+
+
+@dataclass(frozen=True)
+class FamilyPreset:
+    """The published settings of one model family: algorithm specification section 1.1, one row per stage."""
+
+    vision: StagePreset = StagePreset()
+    llm: StagePreset = StagePreset(slots="error")
+    position_mode: str = "compact"
+
+    def stage(self, name: str) -> StagePreset:
+        """The preset of stage "vision" or "llm"."""
+        return self.vision if name == "vision" else self.llm
+
+
+FAMILY_PRESETS: Mapping[str, FamilyPreset] = {
+    "llava": FamilyPreset(),
+}
+
+
+@dataclass(frozen=True)
+class ApetConfig:
+    """Budgets and options of one compression run. Frozen; checks itself.
+
+    Attributes:
+        visual_token_num: Tokens kept per image at the vision stage. A list gives one count per image of the call, in
+            prompt order. None, or at least the number of tokens of an image: no compression there.
+        image_token_ratio: The same as a share in (0, 1] of each image's tokens: int(ratio * N), at least 1.
+        layer_list: Decoder layers, counted from 1 and increasing, after which an LLM stage runs.
+        image_token_list: Tokens per image left by each LLM stage (or per stage a list with one count per image).
+        image_token_ratio_list: The same as shares of the tokens that enter each stage.
+        basis_token_num: Basis tokens k.
+        method: Registered name of the compression method.
+        basis_selection: "fps", "dpc" or "random".
+        fps_start: "farthest" (from the mean) or the index of the first basis token.
+        position_mode: "compact" renumbers the surviving tokens, "keep" leaves them their original positions, "auto"
+            is what the model's family was published with.
+        seed: Seed of methods and bases that draw at random.
+    """
+
+    visual_token_num: int | tuple[int, ...] | None = None
+    image_token_ratio: float | None = None
+    layer_list: tuple[int, ...] = ()
+    image_token_list: tuple[int | tuple[int, ...], ...] = ()
+    image_token_ratio_list: tuple[float, ...] = ()
+    basis_token_num: int = 10
+    method: str = "apet"
+    basis_selection: str = "fps"
+    fps_start: int | str = "farthest"
+    position_mode: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("visual_token_num", "layer_list", "image_token_list", "image_token_ratio_list"):
+            object.__setattr__(self, name, _frozen(getattr(self, name)))
+        _check_counts("visual_token_num", self.visual_token_num)
+        _check_ratio("image_token_ratio", self.image_token_ratio)
+        self._check_layers()
+        self._check_options()
+        self._check_decreasing()
+
+    @property
+    def stage_budgets(self) -> tuple[int | float | tuple[int, ...] | None, ...]:
+        """One budget per stage: the vision stage first, then one per layer of `layer_list`. Ratios are floats."""
+        vision = self.visual_token_num if self.image_token_ratio is None else self.image_token_ratio
+        return (vision, *(self.image_token_list or self.image_token_ratio_list))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types; `ApetConfig.from_dict` reads them back."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "ApetConfig":
+        """Build from a mapping of field names.
+
+        Raises:
+            ValueError: An unknown field, or a value out of range.
+        """
+        known = {field.name for field in dataclasses.fields(cls)}
+        for name in fields:
+            if name not in known:
+                raise ValueError(f"unknown ApetConfig field {name!r}; known: {', '.join(sorted(known))}")
+        return cls(**fields)
+
+    @classmethod
+    def from_json(cls, path: str) -> "ApetConfig":
+        """Read a JSON file of field names and values."""
+        with open(path, encoding="utf-8") as file:
+            return cls.from_dict(json.load(file))
+
+    def _check_layers(self) -> None:
+        budgets = {"image_token_list": self.image_token_list, "image_token_ratio_list": self.image_token_ratio_list}
+        given = [name for name, values in budgets.items() if values]
+        if len(given) == 2:
+            raise ValueError("give image_token_list or image_token_ratio_list, not both")
+        if self.layer_list and not given:
+            raise ValueError(f"layer_list={list(self.layer_list)} needs an image_token_list of the same length")
+        for name in given:
+            if len(budgets[name]) != len(self.layer_list):
+                raise ValueError(
+                    f"layer_list has {len(self.layer_list)} layers {list(self.layer_list)} but {name} has "
+                    f"{len(budgets[name])} entries {list(budgets[name])}; give one entry per layer"
+                )
+        previous = 0
+        for layer in self.layer_list:
+            if not _is_int(layer) or layer <= previous:
+                raise ValueError(
+                    f"layer_list={list(self.layer_list)} must hold increasing layers counted from 1 (16 = after the "
+                    f"16th layer); {layer!r} does not follow {previous}"
+                )
+            previous = layer
+        for count in self.image_token_list:
+            _check_counts("image_token_list", count)
+        for ratio in self.image_token_ratio_list:
+            _check_ratio("image_token_ratio_list", ratio)
+
+    def _check_options(self) -> None:
+        if self.visual_token_num is not None and self.image_token_ratio is not None:
+            raise ValueError("give visual_token_num or image_token_ratio, not both")
+        if not _is_int(self.basis_token_num) or self.basis_token_num < 0:
+            raise ValueError(f"basis_token_num={self.basis_token_num!r} must be an int of at least 0")
+        if self.basis_selection not in ("fps", "dpc", "random"):
+            raise ValueError(f"basis_selection={self.basis_selection!r} is unknown; choose fps, dpc or random")
+        if self.fps_start != "farthest" and not (_is_int(self.fps_start) and self.fps_start >= 0):
+            raise ValueError(f"fps_start={self.fps_start!r} must be 'farthest' or a token index of at least 0")
+        if self.position_mode not in POSITION_MODES:
+            raise ValueError(f"position_mode={self.position_mode!r} is unknown; choose {', '.join(POSITION_MODES)}")
+
+    def _check_decreasing(self) -> None:
+        counts = [(budget, name) for budget, name in zip(self.stage_budgets, self._stage_names(), strict=True)]
+        previous, previous_name = None, ""
+        for budget, name in counts:
+            if not _is_int(budget):
+                continue
+            if previous is not None and budget > previous:
+                raise ValueError(
+                    f"budgets must not grow from stage to stage: {name} keeps {budget} tokens but {previous_name} "
+                    f"leaves only {previous}"
+                )
+            previous, previous_name = budget, name
+
+    def _stage_names(self) -> list[str]:
+        return ["visual_token_num", *(f"the stage after layer {layer}" for layer in self.layer_list)]
+
+
+def parse_list(text: str | Sequence | None, name: str) -> tuple:
+    """A list flag as a tuple: a Python or JSON literal such as ``'[16]'``; None, ``'None'`` and ``'[]'`` are empty.
+
+    The text is parsed as a literal, never evaluated.
+
+    Raises:
+        ValueError: The text is not a literal list.
+    """
+    if text is None:
+        return ()
+    value = text
+    if isinstance(text, str):
+        try:
+            value = ast.literal_eval(text.strip() or "[]")
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"{name}={text!r} is not a list; write it like '[16]' or '[8, 16]'") from error
+    if value is None:
+        return ()
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name}={text!r} is not a list; write it like '[{value}]'")
+    return tuple(value)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_counts(name: str, value: Any) -> None:
+    for count in value if isinstance(value, tuple) else (value,):
+        if count is not None and (not _is_int(count) or count < 1):
+            raise ValueError(f"{name}={value!r} must keep at least 1 token per image (leave it out to keep all)")
+
+
+def _check_ratio(name: str, value: Any) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value <= 1):
+        raise ValueError(f"{name}={value!r} must be a share in (0, 1]")
