@@ -1,6 +1,22 @@
 """ApET: approximation-error guided compression of visual tokens for vision-language models."""
 
 from apet.compressor import compress
+from apet.config import ApetConfig
 from apet.core.types import CompressedTokens
+from apet.patch import active_config, apply_patch, last_result, patched, remove_patch
+from apet.result import CompressionResult, StageResult
 
-__all__ = ["CompressedTokens", "compress"]
+__version__ = "0.1.0"
+
+__all__ = [
+    "ApetConfig",
+    "CompressedTokens",
+    "CompressionResult",
+    "StageResult",
+    "active_config",
+    "apply_patch",
+    "compress",
+    "last_result",
+    "patched",
+    "remove_patch",
+]

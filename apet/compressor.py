@@ -183,7 +183,8 @@ def _sources(order: Tensor, row: Tensor, target: Tensor, mask: Tensor | None) ->
 
 def _check_arguments(tokens, keep, basis, basis_selection, start, ridge, slots, insertion, mask) -> None:
     if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
-        raise TypeError(f"tokens must be a floating point tensor (B, N, D), got {getattr(tokens, 'dtype', type(tokens))}")
+        kind = getattr(tokens, "dtype", type(tokens))
+        raise TypeError(f"tokens must be a floating point tensor (B, N, D), got {kind}")
     if tokens.dim() != 3 or tokens.shape[1] == 0:
         raise ValueError(f"tokens must have shape (B, N, D) with N >= 1, got {tuple(tokens.shape)}")
     for name, value, least in (("keep", keep, 1), ("basis", basis, 0)):

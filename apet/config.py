@@ -1,8 +1,8 @@
 """What to compress and by how much: `ApetConfig`, checked before any model is touched, and the presets per family.
 
 Budgets follow the published flags: `visual_token_num` tokens per image leave the vision stage, and directly after
-decoder layer `layer_list[i]` (counted from 1) each image is cut to `image_token_list[i]` tokens. Ratios can stand in for
-counts. Nothing given means no compression.
+decoder layer `layer_list[i]` (counted from 1) each image is cut to `image_token_list[i]` tokens. Ratios can stand in
+for counts. Nothing given means no compression.
 """
 
 import ast

@@ -1,6 +1,7 @@
 """How badly a few basis tokens rebuild every token: the approximation error that decides what is kept.
 
-Spec: ApET section 3: min_C ||X - C^T S||^2 + ridge ||C||^2 with S the basis rows; the error of token i is ||x_i - c_i S||_2.
+ApET (arXiv 2602.19870) section 3: minimise ||X - C^T S||^2 + ridge ||C||^2 over C, with S the basis rows; the error of
+token i is ||x_i - c_i^T S||_2.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Choose the basis tokens: farthest-point sampling (the published choice), density peaks, or random.
 
-Spec: ApET section 3 (arXiv 2602.19870), farthest-point sampling with squared Euclidean distances and k = 10; density peaks
-and random are its ablations. All functions take tokens in the accumulation dtype, never synchronise with the host
-and have output shapes that do not depend on the data.
+ApET (arXiv 2602.19870) section 3: farthest-point sampling with squared Euclidean distances and k = 10; density peaks and
+random are its ablations. All functions take tokens in the accumulation dtype, never synchronise with the host and have
+output shapes that do not depend on the data.
 """
 
 import torch

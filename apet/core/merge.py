@@ -1,6 +1,6 @@
 """Fold dropped tokens into their most similar kept token.
 
-Spec: ApET section 3: each dropped token goes to the kept token of largest cosine similarity; a kept token becomes the
+ApET (arXiv 2602.19870) section 3: each dropped token goes to the kept token of largest cosine similarity; a kept token becomes the
 unweighted mean of itself and everything it received.
 """
 

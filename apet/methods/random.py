@@ -1,7 +1,7 @@
 """Random selection: the ceiling on speed and the floor on quality that every method is compared with.
 
-Keeps uniformly drawn tokens and drops the others, no merging. The draw depends on the seed, the stage and the block length
-only, so answers do not depend on batching; different seeds give different draws.
+Keeps uniformly drawn tokens and drops the others, no merging. The draw depends on the seed, the stage and the block
+length only, so answers do not depend on batching; different seeds give different draws.
 """
 
 import torch

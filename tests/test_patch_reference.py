@@ -1,0 +1,58 @@
+"""The patched model against an independent float64 reference without cache, padding or transformers code."""
+
+import pytest
+import torch
+from conftest import IMAGE_ID, MIXED_ROWS, batch
+from reference import Reference
+
+import apet
+from apet import ApetConfig
+
+STEPS = 8
+SETTINGS = {
+    "none": ApetConfig(basis_token_num=3),
+    "vision": ApetConfig(visual_token_num=9, basis_token_num=3),
+    "layer 2": ApetConfig(layer_list=[2], image_token_list=[7], basis_token_num=3),
+    "vision and layer 2": ApetConfig(visual_token_num=12, layer_list=[2], image_token_list=[5], basis_token_num=3),
+    "all": ApetConfig(visual_token_num=14, layer_list=[1, 3], image_token_list=[9, 4], basis_token_num=3),
+    "ratios": ApetConfig(
+        image_token_ratio=0.6, layer_list=[2], image_token_ratio_list=[0.5], basis_token_num=2, fps_start=4
+    ),
+}
+
+
+def run(model, rows, config: ApetConfig, **options):
+    """Greedy tokens (B, STEPS) and logits (B, STEPS, V) of the patched model."""
+    with apet.patched(model, config):
+        out = model.generate(
+            **batch(rows), max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True, output_logits=True,
+            suppress_tokens=[IMAGE_ID], **options,
+        )  # fmt: skip
+        return out.sequences[:, -STEPS:], torch.stack(out.logits, 1)
+
+
+def check(model, rows, config: ApetConfig, **options) -> None:
+    tokens, logits = run(model, rows, config, **options)
+    for index, (ids, count) in enumerate(rows):
+        reference = Reference(model, config, config.position_mode == "keep")
+        pixels = batch([(ids, count)]).get("pixel_values")
+        expected, expected_logits = reference.generate(ids, pixels, STEPS)
+        assert tokens[index].tolist() == expected
+        torch.testing.assert_close(logits[index].double(), expected_logits, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("positions", ["compact", "keep"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_equals_the_reference(llava, name, positions):
+    config = ApetConfig.from_dict(SETTINGS[name].to_dict() | {"position_mode": positions})
+    check(llava, MIXED_ROWS[:1], config)
+    check(llava, MIXED_ROWS, config)
+
+
+@pytest.mark.parametrize("positions", ["compact", "keep"])
+@pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("name", ["vision", "layer 2", "all"])
+def test_every_cache_kind_equals_the_reference(llava, name, options, positions):
+    config = ApetConfig.from_dict(SETTINGS[name].to_dict() | {"position_mode": positions})
+    check(llava, MIXED_ROWS[:1], config, **options)
+    check(llava, [MIXED_ROWS[0], MIXED_ROWS[2], MIXED_ROWS[3]], config, **options)
