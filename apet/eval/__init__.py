@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks, their metrics, and the loop that runs a model over them."""

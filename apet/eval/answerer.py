@@ -1,0 +1,54 @@
+"""What the runner asks of a model family: prepare a question on the CPU, answer a batch of prepared questions.
+
+The benchmark side (`apet.eval.benchmarks`) and the model side meet only here, so neither knows the other.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from PIL.Image import Image
+
+from apet.eval.benchmarks import Question
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer.
+
+    Attributes:
+        text: Decoded and stripped.
+        new_tokens: Tokens generated, end token included.
+        visual_tokens: Visual tokens averaged over the decoder layers; None if the model does not report them.
+    """
+
+    text: str
+    new_tokens: int
+    visual_tokens: float | None = None
+
+
+class Preparer(Protocol):
+    """CPU side of a model family. Instances are sent to worker processes, so they must be picklable."""
+
+    def prepare(self, question: Question, images: Sequence[Image]) -> Any:
+        """Turn a question and its opened images (none, or one) into what `Answerer.answer` takes."""
+
+
+class Answerer(Protocol):
+    """Device side of a model family.
+
+    Attributes:
+        model_id: Written to every answer line.
+        preparer: The CPU side.
+        device: Where it runs, as text.
+    """
+
+    model_id: str
+    preparer: Preparer
+    device: str
+
+    def answer(self, prepared: Sequence[Any]) -> list[Answer]:
+        """Answer a batch, in its order; an answer does not depend on the rest of the batch."""
+
+    def settings(self) -> Mapping[str, Any]:
+        """Everything that can change an answer, as JSON types: model, prompts, precision, compression, decoding."""

@@ -1,0 +1,201 @@
+"""Files of questions, answers and labels: read with errors that say where, joined with nothing lost, written whole.
+
+A score over part of the questions, or over another question file's answers, looks like a score and is none.
+So everything here that joins two files refuses what does not fit, and says which ids and what to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PathLike = str | os.PathLike[str]
+DUPLICATE_RULES = ("error", "last")
+
+
+def read_text(path: PathLike) -> str:
+    """The UTF-8 text of a file (a byte-order mark is dropped); ValueError naming the file if it is not UTF-8."""
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): is it the right file?") from None
+
+
+def read_json(path: PathLike) -> Any:
+    """The value of a JSON file; ValueError naming file, line and column if it is broken."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def iterate_jsonl(path: PathLike, broken: list[int] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(1-based line number, object) for every line of a JSON-lines file; blank lines are skipped.
+
+    Args:
+        path: The file.
+        broken: None raises on a line that is not a JSON object; a list collects the numbers of such lines instead.
+    """
+    # Not str.splitlines: text inside a JSON string may hold U+2028 and other separators it would split at.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            problem = None if isinstance(row, dict) else f"expected a JSON object, got {type(row).__name__}"
+        except json.JSONDecodeError as error:
+            problem = f"not JSON ({error.msg} at column {error.colno})"
+        if problem is None:
+            yield number, row
+        elif broken is not None:
+            broken.append(number)
+        else:
+            raise ValueError(
+                f"{path} line {number}: {problem}: {_clip(line)}; if a run was interrupted here, delete the line and "
+                "run again with --resume"
+            )
+
+
+def read_jsonl(
+    path: PathLike, required: Collection[str] = (), broken: list[int] | None = None
+) -> list[tuple[int, dict[str, Any]]]:
+    """All lines of a JSON-lines file as (line number, object).
+
+    Raises:
+        ValueError: A broken line, a line without one of the `required` keys, or a file without any line.
+    """
+    rows = list(iterate_jsonl(path, broken))
+    if not rows:
+        raise ValueError(f"{path} is empty: it holds no JSON line")
+    for number, row in rows:
+        require_keys(row, required, f"{path} line {number}")
+    return rows
+
+
+def require_keys(row: Mapping[str, Any], required: Collection[str], where: str) -> None:
+    """ValueError naming the missing keys and those present."""
+    missing = [key for key in required if key not in row]
+    if missing:
+        raise ValueError(f"{where}: no {' and no '.join(map(repr, missing))} (keys there: {', '.join(row) or 'none'})")
+
+
+def read_answers(path: PathLike, duplicates: str = "error") -> dict[str, dict[str, Any]]:
+    """Answer lines by `str(question_id)`, for benchmarks whose question ids are unique.
+
+    Args:
+        path: JSON lines with at least `question_id` and `text`.
+        duplicates: What a second answer to a question does: "error", or "last" to let it win.
+    """
+    rows = read_jsonl(path, ("question_id", "text"))
+    return index_unique(((number, str(row["question_id"]), row) for number, row in rows), path, duplicates)
+
+
+@dataclass(frozen=True)
+class LooseAnswers:
+    """Answers as the published VizWiz and VQAv2 converters take them: the last one wins, broken lines are counted."""
+
+    by_id: Mapping[str, Mapping[str, Any]]
+    repeated: int
+    broken: int
+
+    @classmethod
+    def read(cls, path: PathLike) -> LooseAnswers:
+        broken: list[int] = []
+        rows = read_jsonl(path, ("question_id", "text"), broken)
+        by_id = {str(row["question_id"]): row for _, row in rows}
+        return cls(by_id, repeated=len(rows) - len(by_id), broken=len(broken))
+
+    def report(self, n_questions: int) -> str:
+        """The line those converters print."""
+        return f"total results: {len(self.by_id)}, total split: {n_questions}, error_line: {self.broken}\n"
+
+    def notes(self) -> list[str]:
+        """What that line does not say."""
+        return [f"{self.repeated} answers are followed by another to the same question and left out"] * bool(
+            self.repeated
+        )
+
+
+def index_unique(
+    rows: Iterable[tuple[int, str, dict[str, Any]]], path: PathLike, duplicates: str = "error"
+) -> dict[str, dict[str, Any]]:
+    """Rows by id; a repeated id is an error naming both places, or with `duplicates="last"` the later row wins."""
+    if duplicates not in DUPLICATE_RULES:
+        raise ValueError(f"duplicates={duplicates!r} is not one of {', '.join(DUPLICATE_RULES)}")
+    index: dict[str, dict[str, Any]] = {}
+    first: dict[str, int] = {}
+    for number, key, row in rows:
+        if key in first and duplicates == "error":
+            raise ValueError(
+                f"{path}: question {key!r} is answered twice, at {first[key]} and {number} (counted from 1); "
+                "remove one answer, or let the later one win with --duplicates last"
+            )
+        first.setdefault(key, number)
+        index[key] = row
+    return index
+
+
+def require_complete(
+    expected: Collection[str], found: Collection[str], answers: PathLike, questions: PathLike, *, exact: bool = True
+) -> None:
+    """ValueError unless every expected id is among the found ones (and, if `exact`, no other id is)."""
+    missing = [key for key in expected if key not in found]
+    strange = [key for key in found if key not in expected]
+    if missing and len(missing) == len(expected):
+        raise ValueError(
+            f"{answers} answers none of the {len(expected)} questions of {questions} "
+            f"(it has {listing(found)}, they have {listing(expected)}): is it of another split or benchmark?"
+        )
+    if missing:
+        raise ValueError(
+            f"{answers} has no answer for {len(missing)} of the {len(expected)} questions of {questions}: "
+            f"{listing(missing)}; finish the run (--resume continues it) before scoring"
+        )
+    if exact and strange:
+        raise ValueError(
+            f"{answers} answers {len(strange)} questions that {questions} does not have: {listing(strange)}; "
+            "score it against the question file it was made from"
+        )
+
+
+def listing(ids: Iterable[object], limit: int = 5) -> str:
+    """The first ids, for a message: `'1', '2', ... (300 in all)`."""
+    ids = [repr(key) for key in ids]
+    return ", ".join(ids[:limit]) + (f", ... ({len(ids)} in all)" if len(ids) > limit else "")
+
+
+@contextmanager
+def replacing(path: PathLike) -> Iterator[Path]:
+    """A temporary file that becomes `path` when the block succeeds and vanishes when it fails; makes the folder.
+
+    A reader never sees half a file, and a failed write leaves the old one.
+    """
+    target = Path(path).expanduser()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Named after the process, so that two writers do not share it; the suffix stays, writers choose formats by it.
+    temporary = target.with_name(f".{os.getpid()}.{target.name}")
+    try:
+        yield temporary
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text_atomic(path: PathLike, text: str) -> None:
+    """Write a UTF-8 text file, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json_atomic(path: PathLike, value: Any, indent: int | None = None) -> None:
+    """`write_text_atomic` of a value as JSON, ASCII-escaped as the published tools write it."""
+    write_text_atomic(path, json.dumps(value, indent=indent))
+
+
+def _clip(line: str, limit: int = 80) -> str:
+    return repr(line if len(line) <= limit else line[:limit] + "...")

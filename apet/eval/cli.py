@@ -1,0 +1,111 @@
+"""Flag groups shared by the evaluation programs, and flags to `ApetConfig`.
+
+Every flag is accepted with `_` and with `-`. Lists are parsed as literals, never evaluated.
+"""
+
+import argparse
+
+from apet.config import ApetConfig, parse_list
+from apet.eval.runner import RunOptions
+from apet.eval.scoring_cli import Parser
+from apet.methods import method_names
+
+
+def add_data_flags(parser: Parser, question_file: str) -> None:
+    """Question, answer and image files, and sharding."""
+    parser.add_argument("--image-folder", type=str, default="", help="folder that image paths are relative to")
+    parser.add_argument("--question-file", type=str, default=question_file)
+    parser.add_argument("--answers-file", type=str, default="answer.jsonl")
+    ranks = "; without chunk flags the ranks of torchrun or accelerate launch are the chunks"
+    parser.add_argument("--num-chunks", type=int, default=1, action=_ChunkFlag, help="number of chunks" + ranks)
+    parser.add_argument("--chunk-idx", type=int, default=0, action=_ChunkFlag, help="which chunk this is, from 0")
+    parser.set_defaults(chunks_given=False)
+
+
+def add_runner_flags(parser: Parser) -> None:
+    """How the run is carried out."""
+    parser.add_argument("--batch_size", type=int, default=1, help="questions per batch; answers do not depend on it")
+    parser.add_argument("--num_workers", type=int, default=4, help="processes that open images; 0 for none")
+    parser.add_argument("--resume", action="store_true", help="continue a partial answers file of the same settings")
+    parser.add_argument("--limit", type=int, default=None, help="only the first so many questions")
+    parser.add_argument(
+        "--on_error", choices=("stop", "skip"), default="stop", help="an unreadable image: stop, or list it and go on"
+    )
+
+
+def add_compression_flags(parser: Parser) -> None:
+    """Budgets and method. Without them nothing is compressed."""
+    group = parser.add_argument_group("visual-token compression")
+    group.add_argument("--visual_token_num", type=int, default=576, help="tokens per image after the vision stage")
+    group.add_argument("--layer_list", type=str, default=None, help="decoder layers after which to cut, like '[16]'")
+    group.add_argument("--image_token_list", type=str, default=None, help="tokens per image left there, like '[32]'")
+    group.add_argument("--image_token_ratio", type=float, default=None, help="vision stage as a share of the tokens")
+    group.add_argument("--image_token_ratio_list", type=str, default=None, help="layers' budgets as shares")
+    group.add_argument("--basis_token_num", type=int, default=10, help="basis tokens k")
+    group.add_argument("--method", type=str, default="apet", help=f"one of: {', '.join(method_names())}")
+    group.add_argument("--basis_selection", type=str, default="fps", help="fps, dpc or random")
+    group.add_argument("--fps_start", type=str, default="farthest", help="farthest, first, or a token index")
+    group.add_argument("--position_mode", type=str, default="auto", help="auto, compact or keep")
+    group.add_argument("--seed", type=int, default=0, help="seed of sampling and of methods that draw at random")
+    group.add_argument("--llm_pruning", action="store_true", help="accepted for old scripts; has no effect")
+
+
+def config_from_flags(args: argparse.Namespace) -> ApetConfig:
+    """The configuration that parsed flags describe.
+
+    Raises:
+        ValueError: As `ApetConfig`, or a list that is not a literal.
+    """
+    ratio = None if args.image_token_ratio in (None, 1.0) else args.image_token_ratio
+    return ApetConfig(
+        visual_token_num=None if ratio is not None else args.visual_token_num,
+        image_token_ratio=ratio,
+        layer_list=parse_list(args.layer_list, "--layer_list"),
+        image_token_list=parse_list(args.image_token_list, "--image_token_list"),
+        image_token_ratio_list=parse_list(args.image_token_ratio_list, "--image_token_ratio_list"),
+        basis_token_num=args.basis_token_num,
+        method=args.method,
+        basis_selection=args.basis_selection,
+        fps_start=_fps_start(args.fps_start),
+        position_mode=args.position_mode,
+        seed=args.seed,
+    )
+
+
+def run_options(args: argparse.Namespace) -> RunOptions:
+    """Runner options of parsed flags.
+
+    Raises:
+        ValueError: As `RunOptions`.
+    """
+    return RunOptions(
+        question_file=args.question_file,
+        answers_file=args.answers_file,
+        image_folder=args.image_folder,
+        num_chunks=args.num_chunks,
+        chunk_idx=args.chunk_idx,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        resume=args.resume,
+        limit=args.limit,
+        on_error=args.on_error,
+    )
+
+
+class _ChunkFlag(argparse.Action):
+    """Stores the value and that it was given: `--num-chunks 1` means one chunk even under a launcher."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.chunks_given = True
+
+
+def _fps_start(text: str) -> int | str:
+    if text == "first":
+        return 0
+    if text == "farthest":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--fps_start {text!r} must be farthest, first, or a token index") from None

@@ -1,0 +1,295 @@
+"""The only evaluation loop: shards, batches, worker processes, resume, and a record of the run beside the answers.
+
+Answers are appended as they come, one flushed line each, so a killed run loses at most the batch in flight. A finished
+file is in the order of the questions; order and content do not depend on batch size, workers or shards.
+"""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import shortuuid
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from apet.eval.answerer import Answer, Answerer, Preparer
+from apet.eval.benchmarks import Benchmark, Question
+from apet.eval.benchmarks.files import write_text_atomic
+from apet.eval.images import ImageError, open_images
+from apet.eval.run_record import RunRecord
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run is carried out; none of it changes an answer.
+
+    Attributes:
+        question_file: Questions.
+        answers_file: Where the answers go; its folder is made.
+        image_folder: Folder that image paths are relative to.
+        num_chunks: Number of shards.
+        chunk_idx: Which shard this is.
+        batch_size: Questions per batch.
+        num_workers: Worker processes that open and prepare images; 0 prepares in this process.
+        resume: Continue a partial answers file of the same settings.
+        limit: Only the first so many questions of the file; None for all.
+        on_error: "stop" at an image that cannot be read, or "skip" it and list it in the run record.
+    """
+
+    question_file: str
+    answers_file: str
+    image_folder: str = ""
+    num_chunks: int = 1
+    chunk_idx: int = 0
+    batch_size: int = 1
+    num_workers: int = 0
+    resume: bool = False
+    limit: int | None = None
+    on_error: str = "stop"
+
+    def __post_init__(self) -> None:
+        if self.num_chunks < 1 or not 0 <= self.chunk_idx < self.num_chunks:
+            raise ValueError(
+                f"--chunk-idx {self.chunk_idx} with --num-chunks {self.num_chunks}: chunks are numbered "
+                f"0..{max(self.num_chunks - 1, 0)}"
+            )
+        if self.batch_size < 1:
+            raise ValueError(f"--batch_size {self.batch_size} must be at least 1")
+        if self.num_workers < 0:
+            raise ValueError(f"--num_workers {self.num_workers} must not be negative")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit {self.limit} must be at least 1")
+        if self.on_error not in ("stop", "skip"):
+            raise ValueError(f"--on_error {self.on_error!r} must be stop or skip")
+
+
+def split_balanced(items: Sequence, num_chunks: int) -> list[Sequence]:
+    """Consecutive slices whose lengths differ by at most one; with fewer items than chunks some are empty."""
+    size, extra = divmod(len(items), num_chunks)
+    starts = [index * size + min(index, extra) for index in range(num_chunks + 1)]
+    return [items[start:end] for start, end in zip(starts, starts[1:], strict=False)]
+
+
+def run(benchmark: Benchmark, answerer: Answerer, options: RunOptions, questions: list[Question]) -> RunRecord:
+    """Answer the questions of this shard and write them to `options.answers_file`.
+
+    Args:
+        benchmark: Knows the answer line.
+        answerer: Knows the model.
+        options: How to run.
+        questions: All questions of the file, as `benchmark.read` gives them.
+
+    Returns:
+        The finished record, as written beside the answers (`X.jsonl` -> `X.run.json`).
+
+    Raises:
+        ValueError: An image that cannot be read (with on_error="stop"), or a resumed file of another run. Answers given
+            so far stay in the file.
+    """
+    questions = questions[: options.limit]
+    shard = split_balanced(questions, options.num_chunks)[options.chunk_idx]
+    answers = AnswersFile(options.answers_file)
+    record = RunRecord.begin(options, answerer, len(shard))
+    done = answers.open(shard, record, options.resume)
+    todo = [index for index in range(len(shard)) if index not in done]
+    try:
+        _answer_all(benchmark, answerer, options, shard, todo, answers, record)
+    finally:
+        answers.close()
+        record.save()
+    if not record.failures:
+        answers.put_in_order(shard)
+    record.finish()
+    return record
+
+
+def _answer_all(
+    benchmark: Benchmark,
+    answerer: Answerer,
+    options: RunOptions,
+    shard: Sequence[Question],
+    todo: list[int],
+    answers: "AnswersFile",
+    record: RunRecord,
+) -> None:
+    loader = _loader(shard, todo, answerer.preparer, options)
+    with tqdm(total=len(shard), initial=len(shard) - len(todo), unit="q", desc=_label(options)) as bar:
+        for batch in loader:
+            ready = [(index, prepared) for index, prepared in batch if not isinstance(prepared, ImageError)]
+            for index, problem in batch:
+                if isinstance(problem, ImageError):
+                    _report_failure(shard[index], problem, options, record)
+            if ready:
+                start = time.perf_counter()
+                texts = answerer.answer([prepared for _, prepared in ready])
+                record.add(texts, time.perf_counter() - start)
+                for (index, _), answer in zip(ready, texts, strict=True):
+                    answers.append(_line(benchmark, answerer, shard[index], answer))
+            record.save_sometimes()
+            bar.update(len(batch))
+
+
+def _line(benchmark: Benchmark, answerer: Answerer, question: Question, answer: Answer) -> dict[str, Any]:
+    return benchmark.answer_line(question, answer.text, answer_id=shortuuid.uuid(), model_id=answerer.model_id)
+
+
+def _label(options: RunOptions) -> str:
+    name = Path(options.answers_file).stem
+    return name if options.num_chunks == 1 else f"{name} ({options.chunk_idx + 1}/{options.num_chunks})"
+
+
+def _report_failure(question: Question, problem: ImageError, options: RunOptions, record: RunRecord) -> None:
+    if options.on_error == "stop":
+        raise ValueError(
+            f"question {question.question_id!r}: {problem}. Mend the image and continue with --resume, or leave such "
+            "questions out with --on_error skip"
+        )
+    record.failures.append({"question_id": question.question_id, "image": question.image, "error": str(problem)})
+
+
+def _loader(shard: Sequence[Question], todo: list[int], preparer: Preparer, options: RunOptions) -> DataLoader:
+    """Batches of (index, prepared question or ImageError). Batches hold prompts of similar length, to waste no padding."""
+    order = todo if options.batch_size == 1 else sorted(todo, key=lambda index: len(shard[index].prompt))
+    batches = [order[start : start + options.batch_size] for start in range(0, len(order), options.batch_size)]
+    workers = min(options.num_workers, len(batches))
+    return DataLoader(
+        _Prepared(shard, preparer, options.image_folder), batch_sampler=batches, collate_fn=list, num_workers=workers
+    )
+
+
+class _Prepared(Dataset):
+    """Prepared questions by index; what goes wrong with an image is returned, not raised, so that workers live on."""
+
+    def __init__(self, questions: Sequence[Question], preparer: Preparer, image_folder: str) -> None:
+        self._questions, self._preparer, self._folder = questions, preparer, image_folder
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        question = self._questions[index]
+        try:
+            images = open_images(question, self._folder)
+        except ImageError as error:
+            return index, error
+        return index, self._preparer.prepare(question, images)
+
+
+def _key(row: dict[str, Any]) -> str:
+    """What identifies an answer: id, prompt and (MMBench) round. Question ids alone repeat in TextVQA."""
+    return json.dumps([row.get("question_id"), row.get("prompt"), row.get("round_id")])
+
+
+def _question_key(question: Question) -> str:
+    return json.dumps([question.question_id, question.text, question.fields.get("round_id")])
+
+
+class AnswersFile:
+    """A JSON-lines file of answers that can be continued."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path).expanduser()
+        self._file = None
+
+    def open(self, questions: Sequence[Question], record: RunRecord, resume: bool) -> set[int]:
+        """Start or continue the file; returns the indices of questions that already have an answer.
+
+        A last line that a killed run left half-written is cut off.
+
+        Raises:
+            ValueError: With `resume`, the file belongs to other settings or to other questions.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        done: set[int] = set()
+        if resume and self.path.is_file() and self.path.stat().st_size > 0:
+            record.continue_from(self.path)
+            done = self._repair(questions)
+        self._file = self.path.open("a" if done else "w", encoding="utf-8")
+        record.save()
+        return done
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one line and hand it to the operating system, so that a killed process loses nothing written."""
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Write everything out to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def put_in_order(self, questions: Sequence[Question]) -> None:
+        """Sort the complete file into question order."""
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        place = {_question_key(question): index for index, question in enumerate(questions)}
+        order = [place[_key(json.loads(line))] for line in lines]
+        if order != sorted(order):
+            write_text_atomic(self.path, "".join(line for _, line in sorted(zip(order, lines, strict=True))))
+
+    def _repair(self, questions: Sequence[Question]) -> set[int]:
+        place = {_question_key(question): index for index, question in enumerate(questions)}
+        kept, done = [], set()
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        for number, line in enumerate(lines, start=1):
+            try:
+                row = json.loads(line)
+                whole = line.endswith("\n")
+            except json.JSONDecodeError as error:
+                if number == len(lines):
+                    break
+                raise ValueError(f"{self.path} line {number} is not JSON: {error}; remove the line and resume") from None
+            if not whole:
+                break
+            index = place.get(_key(row))
+            if index is None:
+                raise ValueError(
+                    f"{self.path} line {number} answers question {row.get('question_id')!r}, which is not among the "
+                    "questions of this run; give another --answers-file, or leave out --resume to start anew"
+                )
+            if index not in done:
+                kept.append(line)
+                done.add(index)
+        write_text_atomic(self.path, "".join(kept))
+        return done
+
+
+def merge_chunks(paths: Sequence[str | Path], target: str | Path) -> None:
+    """Join the answers and run records of all shards, in shard order, into one file.
+
+    Raises:
+        ValueError: A shard that is missing or not finished.
+    """
+    records = [RunRecord.read_finished(path) for path in paths]
+    text = "".join(Path(path).read_text(encoding="utf-8") for path in paths)
+    write_text_atomic(target, text)
+    RunRecord.joined(records, target).save()
+
+
+def rank_options(options: RunOptions, chunks_given: bool) -> RunOptions:
+    """Use the ranks of `torchrun` or `accelerate launch` as shards when no chunk flags were given."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if chunks_given or world == 1:
+        return options
+    rank = int(os.environ["RANK"])
+    path = Path(options.answers_file)
+    return replace(
+        options, num_chunks=world, chunk_idx=rank, answers_file=str(path.with_name(f"{path.stem}.{world}_{rank}.jsonl"))
+    )
+
+
+def merge_ranks(options: RunOptions, answers_file: str) -> None:
+    """After a run over ranks: wait for all, then let the first join the shards into the file that was asked for."""
+    if options.answers_file == answers_file:
+        return
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    torch.distributed.barrier()
+    if options.chunk_idx == 0:
+        stem = Path(answers_file)
+        world = options.num_chunks
+        merge_chunks([stem.with_name(f"{stem.stem}.{world}_{rank}.jsonl") for rank in range(world)], answers_file)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

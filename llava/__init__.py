@@ -1,0 +1,1 @@
+"""Drop-in module paths for LLaVA scripts, on top of `apet`."""

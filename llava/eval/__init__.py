@@ -1,0 +1,1 @@
+"""Evaluation entry points: answer a question file, score an answers file."""

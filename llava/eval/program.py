@@ -1,0 +1,138 @@
+"""What the question-file programs share: model flags, loading, running, and the lines printed around it."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+
+import torch
+
+from apet.eval.benchmarks import Benchmark, Question, get_benchmark
+from apet.eval.cli import add_compression_flags, add_data_flags, add_runner_flags, config_from_flags, run_options
+from apet.eval.run_record import RunRecord
+from apet.eval.runner import merge_ranks, rank_options, run
+from apet.eval.scoring_cli import Parser
+from llava.conversation import new_conversation, plain_conv_mode
+from llava.eval.answerer import GenerationSettings, LlavaAnswerer, LlavaPreparer
+from llava.mm_utils import get_model_name_from_path
+from llava.model.builder import load_pretrained_model
+
+_DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def add_model_flags(parser: Parser) -> None:
+    """Which checkpoint, where, and in what precision."""
+    parser.add_argument("--model-path", type=str, default="facebook/opt-350m", help="checkpoint folder or hub id")
+    parser.add_argument("--model-base", type=str, default=None, help="base model of a projector-only checkpoint")
+    parser.add_argument("--vision-tower", type=str, default=None, help="CLIP folder, instead of the one in config.json")
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="auto", help="auto: fp16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--attn_implementation", type=str, default=None, help="sdpa, eager or flash_attention_2")
+    parser.add_argument("--load-8bit", action="store_true", help="quantise with bitsandbytes")
+    parser.add_argument("--load-4bit", action="store_true", help="quantise with bitsandbytes")
+
+
+def question_parser(program: str, description: str, question_file: str, conv_mode: str, new_tokens: int) -> Parser:
+    """Parser with the flags all question-file programs have."""
+    parser = Parser(prog=f"python -m {program}", description=description, allow_abbrev=False)
+    add_model_flags(parser)
+    add_data_flags(parser, question_file)
+    parser.add_argument("--conv-mode", type=str, default=conv_mode, help="prompt template")
+    parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy")
+    parser.add_argument("--top_p", type=float, default=None)
+    parser.add_argument("--num_beams", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=new_tokens)
+    parser.add_argument("--benchmark", type=str, default="vqa", help="how questions are read and answers written")
+    add_runner_flags(parser)
+    add_compression_flags(parser)
+    return parser
+
+
+def main(parser: Parser, argv: list[str] | None, read: Callable[..., list[Question]] | None = None) -> int:
+    """Parse, answer, report. Returns the exit status; what the user can mend is one line, not a traceback.
+
+    Args:
+        parser: From `question_parser`.
+        argv: Arguments, None for the command line's.
+        read: (benchmark, args) -> questions, where reading depends on flags.
+    """
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("transformers", "httpx", "accelerate", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        return _answer(args, read)
+    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 1
+
+
+def load_answerer(args: argparse.Namespace, conv_mode: str) -> LlavaAnswerer:
+    """Model, preparer and settings of parsed flags."""
+    config = config_from_flags(args)
+    generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
+    tokenizer, model, image_processor = load_model(args)
+    preparer = LlavaPreparer(tokenizer, image_processor, model.config, conv_mode)
+    name = get_model_name_from_path(args.model_path)
+    return LlavaAnswerer(model, preparer, generation, config, name, args.model_path)
+
+
+def load_model(args: argparse.Namespace) -> tuple:
+    """(tokenizer, model, image processor) of the model flags.
+
+    Raises:
+        ValueError: The checkpoint is not a vision-language model.
+    """
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
+    if _DTYPES[args.dtype] is not None:
+        options["dtype"] = _DTYPES[args.dtype]
+    tokenizer, model, image_processor, _ = load_pretrained_model(
+        args.model_path,
+        args.model_base,
+        get_model_name_from_path(args.model_path),
+        args.load_8bit,
+        args.load_4bit,
+        device=device,
+        vision_tower=args.vision_tower,
+        **options,
+    )
+    if image_processor is None:
+        raise ValueError(f"{args.model_path} is a language model without vision; --model-path must name a LLaVA checkpoint")
+    return tokenizer, model, image_processor
+
+
+def _answer(args: argparse.Namespace, read: Callable[..., list[Question]] | None) -> int:
+    config_from_flags(args)
+    wanted = run_options(args)
+    options = rank_options(wanted, args.chunks_given)
+    benchmark: Benchmark = get_benchmark(args.benchmark)
+    questions = benchmark.read(args.question_file) if read is None else read(benchmark, args)
+    conv_mode = plain_conv_mode(get_model_name_from_path(args.model_path), args.conv_mode)
+    new_conversation(conv_mode)
+    answerer = load_answerer(args, conv_mode)
+    torch.manual_seed(args.seed)
+    record = run(benchmark, answerer, options, questions)
+    merge_ranks(options, wanted.answers_file)
+    _print_summary(record, wanted.answers_file)
+    return 0
+
+
+def _print_summary(record: RunRecord, answers_file: str) -> None:
+    answered = record.questions - len(record.failures)
+    parts = [f"{answered} answers in {answers_file}"]
+    if record.layer_averaged_tokens is not None:
+        parts.append(f"{record.layer_averaged_tokens:.1f} visual tokens per question (averaged over layers)")
+    if record.samples_per_second:
+        parts.append(f"{record.samples_per_second:.2f} questions/s")
+    print("; ".join(parts))
+    if record.failures:
+        first = record.failures[0]
+        print(
+            f"{len(record.failures)} questions have no answer, the first is {first['question_id']!r}: {first['error']} "
+            f"(all in {record.path})"
+        )
+    if record.settings.get("sample_weights") == "random":
+        print("NOTE: this checkpoint has random weights; its answers and scores mean nothing")

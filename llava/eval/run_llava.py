@@ -1,0 +1,120 @@
+"""Ask one question about one or several images: ``python -m llava.eval.run_llava``. `eval_model` is called by others."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from io import BytesIO
+from types import SimpleNamespace
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import torch
+from PIL import Image
+
+import apet
+from apet.eval.cli import add_compression_flags, config_from_flags
+from apet.eval.scoring_cli import Parser, run
+from llava.constants import (
+    DEFAULT_IM_END_TOKEN,
+    DEFAULT_IM_START_TOKEN,
+    DEFAULT_IMAGE_TOKEN,
+    IMAGE_PLACEHOLDER,
+)
+from llava.conversation import new_conversation, resolve_conv_mode
+from llava.eval.answerer import GenerationSettings
+from llava.eval.program import add_model_flags, load_model
+from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+
+_TIMEOUT_S = 30.0
+
+
+def image_parser(args) -> list[str]:
+    """Image names of an args object: `image_file` split at `sep`."""
+    return args.image_file.split(args.sep)
+
+
+def load_image(image_file: str) -> Image.Image:
+    """An RGB image from a path or an http(s) address.
+
+    Raises:
+        ValueError: It cannot be fetched, found or decoded.
+    """
+    try:
+        if image_file.startswith(("http://", "https://")):
+            with urlopen(image_file, timeout=_TIMEOUT_S) as response:
+                return Image.open(BytesIO(response.read())).convert("RGB")
+        with Image.open(image_file) as image:
+            return image.convert("RGB")
+    except (OSError, URLError) as error:
+        raise ValueError(f"image {image_file} cannot be opened: {error}") from None
+
+
+def load_images(image_files: Sequence[str]) -> list[Image.Image]:
+    """RGB images of paths or addresses."""
+    return [load_image(name) for name in image_files]
+
+
+def insert_images(query: str, count: int, start_end: bool) -> str:
+    """The query with an image token for every `<image-placeholder>`, or with `count` of them in front."""
+    token = DEFAULT_IMAGE_TOKEN
+    if start_end:
+        token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
+    if IMAGE_PLACEHOLDER in query:
+        return query.replace(IMAGE_PLACEHOLDER, token)
+    return f"{token}\n" * count + query
+
+
+def eval_model(args) -> str:
+    """Load the checkpoint, ask, print and return the answer.
+
+    Args:
+        args: Object with model_path, model_base, query, conv_mode, image_file, sep, temperature, top_p, num_beams and
+            max_new_tokens; model_name and all flags of the parser may be missing.
+    """
+    args = SimpleNamespace(**(vars(parser().parse_args(["--image-file", "", "--query", ""])) | vars(args)))
+    name = get_model_name_from_path(args.model_path)
+    generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
+    config = config_from_flags(args)
+    images = load_images(image_parser(args))
+    conversation = new_conversation(resolve_conv_mode(name, args.conv_mode, warn=print))
+    tokenizer, model, image_processor = load_model(args)
+
+    text = insert_images(args.query, len(images), getattr(model.config, "mm_use_im_start_end", False))
+    conversation.append_message(conversation.roles[0], text)
+    conversation.append_message(conversation.roles[1], None)
+    ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt").unsqueeze(0)
+    pixels = process_images(images, image_processor, model.config)
+    stacked = isinstance(pixels, torch.Tensor)
+    pixels = pixels.to(model.device, model.dtype) if stacked else [one.to(model.device, model.dtype) for one in pixels]
+    with apet.patched(model, config):
+        output = model.generate(
+            ids.to(model.device), images=pixels, image_sizes=[image.size for image in images], **generation.kwargs()
+        )
+    answer = tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip()
+    print(answer)
+    return answer
+
+
+def parser() -> Parser:
+    """The program's flags."""
+    flags = Parser(prog="python -m llava.eval.run_llava", description=__doc__.partition(":")[0], allow_abbrev=False)
+    add_model_flags(flags)
+    flags.add_argument("--image-file", type=str, required=True, help="path or address; several joined by --sep")
+    flags.add_argument("--query", type=str, required=True)
+    flags.add_argument("--conv-mode", type=str, default=None)
+    flags.add_argument("--sep", type=str, default=",")
+    flags.add_argument("--temperature", type=float, default=0.2)
+    flags.add_argument("--top_p", type=float, default=None)
+    flags.add_argument("--num_beams", type=int, default=1)
+    flags.add_argument("--max_new_tokens", type=int, default=512)
+    add_compression_flags(flags)
+    return flags
+
+
+def _ask(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    eval_model(args)
+
+
+if __name__ == "__main__":
+    sys.exit(run(parser(), _ask))

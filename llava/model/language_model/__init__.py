@@ -1,0 +1,1 @@
+"""LLaVA classes per language model."""

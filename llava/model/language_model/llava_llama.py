@@ -1,0 +1,50 @@
+"""LLaVA on Llama-like decoders: the transformers LLaVA model with LLaVA's own prompt handling."""
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+from transformers import LlavaConfig, LlavaForConditionalGeneration
+
+import apet
+from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
+from llava.model.multimodal_projector.builder import build_vision_projector
+
+_BUILT_IN_PROJECTOR = "mlp2x_gelu"
+
+
+class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlavaForConditionalGeneration):
+    """`LlavaForConditionalGeneration` that also understands -200 placeholders, `images` and `image_sizes`."""
+
+    def __init__(self, config: LlavaConfig) -> None:
+        super().__init__(config)
+        self.model.__class__ = LlavaMetaModel
+        if getattr(config, "mm_projector_type", _BUILT_IN_PROJECTOR) != _BUILT_IN_PROJECTOR:
+            self.model.multi_modal_projector = build_vision_projector(_projector_sizes(config))
+
+    def forward(self, *args: Any, visual_items: Tensor | None = None, **kwargs: Any) -> Any:
+        """The transformers forward; `visual_items` (B, L) tells a patch where the images of an embedded prompt are."""
+        if visual_items is not None and apet.active_config(self) is not None:
+            kwargs["visual_items"] = visual_items
+        return super().forward(*args, **kwargs)
+
+
+def _extended_signature() -> inspect.Signature:
+    """`generate` reads the signature of forward to see what it may pass: the host's, plus `visual_items`."""
+    host = inspect.signature(LlavaForConditionalGeneration.forward)
+    extra = inspect.Parameter("visual_items", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = list(host.parameters.values())
+    return host.replace(parameters=[*parameters[:-1], extra, parameters[-1]])
+
+
+LlavaLlamaForCausalLM.forward.__signature__ = _extended_signature()
+
+
+def _projector_sizes(config: LlavaConfig) -> SimpleNamespace:
+    """The names `build_vision_projector` reads, from a transformers config."""
+    return SimpleNamespace(
+        mm_projector_type=config.mm_projector_type,
+        mm_hidden_size=config.vision_config.hidden_size,
+        hidden_size=config.text_config.hidden_size,
+    )

@@ -1,0 +1,1 @@
+"""Projector from vision features to the language model's width."""

@@ -1,0 +1,84 @@
+"""Chat about an image in the terminal: ``python -m llava.serve.cli``. An empty line or end of input ends the chat."""
+
+import argparse
+import sys
+
+import torch
+from transformers import TextStreamer
+
+import apet
+from apet.eval.cli import add_compression_flags, config_from_flags
+from apet.eval.scoring_cli import Parser, run
+from llava.conversation import new_conversation, resolve_conv_mode
+from llava.eval.answerer import GenerationSettings
+from llava.eval.program import add_model_flags, load_model
+from llava.eval.run_llava import insert_images, load_image
+from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+
+
+class _AnswerStreamer(TextStreamer):
+    """Prints new tokens as they come. `generate` announces a prompt of no ids when it is given embeddings."""
+
+    def put(self, value: torch.Tensor) -> None:
+        if value.numel() > 0:
+            super().put(value)
+
+
+def chat(args: argparse.Namespace) -> None:
+    """Load the model and talk until the user stops."""
+    name = get_model_name_from_path(args.model_path)
+    generation = GenerationSettings(args.temperature, None, 1, args.max_new_tokens)
+    config = config_from_flags(args)
+    conversation = new_conversation(resolve_conv_mode(name, args.conv_mode, warn=print))
+    image = load_image(args.image_file)
+    tokenizer, model, image_processor = load_model(args)
+    apet.apply_patch(model, config)
+    roles = ("user", "assistant") if "mpt" in name.lower() else conversation.roles
+    pixels = process_images([image], image_processor, model.config).to(model.device, model.dtype)
+
+    first = True
+    while True:
+        try:
+            text = input(f"{roles[0]}: ")
+        except EOFError:
+            text = ""
+        if not text:
+            print("exit...")
+            return
+        print(f"{roles[1]}: ", end="")
+        if first:
+            text = insert_images(text, 1, getattr(model.config, "mm_use_im_start_end", False))
+            first = False
+        conversation.append_message(conversation.roles[0], text)
+        conversation.append_message(conversation.roles[1], None)
+        prompt = conversation.get_prompt()
+        ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt").unsqueeze(0).to(model.device)
+        output = model.generate(
+            ids,
+            images=pixels,
+            image_sizes=[image.size],
+            streamer=_AnswerStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True),
+            **generation.kwargs(),
+        )
+        answer = tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip()
+        conversation.messages[-1][-1] = answer
+        if args.debug:
+            print("\n", {"prompt": prompt, "outputs": answer}, "\n")
+
+
+def parser() -> Parser:
+    """The program's flags."""
+    flags = Parser(prog="python -m llava.serve.cli", description=__doc__.partition(":")[0], allow_abbrev=False)
+    add_model_flags(flags)
+    flags.set_defaults(device="cuda")
+    flags.add_argument("--image-file", type=str, required=True, help="path or http(s) address")
+    flags.add_argument("--conv-mode", type=str, default=None)
+    flags.add_argument("--temperature", type=float, default=0.2)
+    flags.add_argument("--max-new-tokens", type=int, default=512)
+    flags.add_argument("--debug", action="store_true", help="print prompt and answer of every turn")
+    add_compression_flags(flags)
+    return flags
+
+
+if __name__ == "__main__":
+    sys.exit(run(parser(), chat))
