@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import IMAGE_ID, MIXED_ROWS, PATCHES, batch, images, left_pad, prompt, tiny_llava
+from tiny import IMAGE_ID, MIXED_ROWS, PATCHES, batch, images, left_pad, prompt, tiny_llava
 
 import apet
 from apet import ApetConfig

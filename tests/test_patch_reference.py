@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import IMAGE_ID, MIXED_ROWS, batch
+from tiny import IMAGE_ID, MIXED_ROWS, batch
 from reference import Reference
 
 import apet

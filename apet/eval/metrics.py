@@ -18,7 +18,7 @@ def pope_yes_no(text: str) -> str:
     """POPE's reading of an answer: "no" if the first sentence has one of the words `No`, `not`, `no`, else "yes".
 
     The sentence ends at the first "."; commas are deleted; words are separated by single spaces. Hence "NO", "Nope",
-    "none", "isn't", "No\\n" and the empty answer all count as "yes".
+    "none", "isn't", "No" before a line end and the empty answer all count as "yes".
     """
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"}.intersection(words) else "yes"

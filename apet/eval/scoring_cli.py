@@ -13,14 +13,20 @@ from apet.eval.benchmarks.files import DUPLICATE_RULES, PathLike
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes every long flag with `-` and with `_`, whichever way it is declared."""
 
-    def add_argument(self, *names: str, **options) -> argparse.Action:
-        spellings = list(names)
-        for name in names:
-            if name.startswith("--"):
-                for other in ("--" + name[2:].replace("_", "-"), "--" + name[2:].replace("-", "_")):
-                    if other not in spellings:
-                        spellings.append(other)
-        return super().add_argument(*spellings, **options)
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._as_declared(word) for word in words], namespace)
+
+    def _as_declared(self, word: str) -> str:
+        # At parse time and by the parser's own table, so that flags of argument groups are covered too.
+        name, equals, value = word.partition("=")
+        if not name.startswith("--") or name in self._option_string_actions:
+            return word
+        plain = name.replace("_", "-")
+        for declared in self._option_string_actions:
+            if declared.replace("_", "-") == plain:
+                return declared + equals + value
+        return word
 
 
 def add_duplicates_flag(parser: Parser) -> None:

@@ -22,17 +22,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--predictions", default="{tier}_predictions.json", help="list of questionId and prediction, or answers .jsonl"
     )
-    for name in ("scenes", "choices", "attentions"):
-        parser.add_argument(f"--{name}", help="of the official script, not needed here")
-    for name in ("consistency", "grounding", "objectFeatures"):
-        parser.add_argument(f"--{name}", action="store_true", help="of the official script, refused: needs its files")
-    parser.add_argument("--mapSize", type=int, default=7, help="of the official script, not needed here")
+    for flag, file in (("scenes", "sceneGraphs"), ("choices", "choices"), ("attentions", "attentions")):
+        parser.add_argument(
+            f"--{flag}", default=f"{{tier}}_{file}.json", help="of the official script, not opened here"
+        )
+    for flag in ("consistency", "grounding"):
+        parser.add_argument(f"--{flag}", action="store_true", help="of the official script, refused: needs its files")
+    parser.add_argument("--objectFeatures", action="store_true", help="of the official script, no effect here")
+    parser.add_argument("--mapSize", type=int, default=7, help="of the official script, no effect here")
     add_score_flags(parser)
     return run(parser, _score, argv)
 
 
 def _score(args: argparse.Namespace) -> None:
-    asked = [name for name in ("consistency", "grounding", "objectFeatures") if getattr(args, name)]
+    asked = [name for name in ("consistency", "grounding") if getattr(args, name)]
     if asked:
         raise ValueError(
             f"--{asked[0]} needs the official script and its scene graphs; leave it out for the accuracies"

@@ -16,8 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="eval_textvqa", description=__doc__)
     parser.add_argument("--annotation-file", required=True, help="TextVQA_0.5.1_val.json")
     results = parser.add_mutually_exclusive_group(required=True)
-    results.add_argument("--result-file", "--result_file", help="one answers file, JSON lines")
-    results.add_argument("--result-dir", "--result_dir", help="score every *.jsonl of this folder")
+    results.add_argument("--result-file", help="one answers file, JSON lines")
+    results.add_argument("--result-dir", help="score every *.jsonl of this folder")
     add_score_flags(parser)
     return run(parser, _score, argv)
 

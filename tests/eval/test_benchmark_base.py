@@ -8,6 +8,7 @@ import pytest
 from apet.eval import benchmarks
 from apet.eval.benchmarks import files
 from apet.eval.benchmarks.base import Benchmark, Question, register
+from apet.eval.scoring_cli import Parser
 
 ROW = {"question_id": 7, "image": "a/b.jpg", "text": "what?\nAnswer shortly."}
 
@@ -32,6 +33,7 @@ def test_line_separators_inside_text_and_byte_order_marks_are_kept_apart(save):
         (json.dumps({"question_id": 1, "text": "t"}), "line 1: no 'image' .keys there: question_id, text"),
         (json.dumps({**ROW, "question_id": 1.5}), "line 1: 'question_id' is 1.5, expected int or str"),
         (json.dumps({**ROW, "question_id": True}), "'question_id' is True"),
+        (json.dumps({**ROW, "text": None}), "line 1: 'text' is None, expected str"),
         (json.dumps({**ROW, "image": ["a"]}), "'image' is .*expected str"),
         (f"{json.dumps(ROW)}\n{json.dumps(ROW)}\n", "line 2: question_id 7 with the same text is already on line 1"),
         ("\n \n", r"q\.jsonl is empty"),
@@ -98,10 +100,30 @@ def test_incomplete_answers_are_refused():
     files.require_complete(["1"], ["1", "2"], "A", "Q", exact=False)
 
 
-def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path):
+def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "new" / "s.json"
     files.write_json_atomic(path, {"a": 1})
     with pytest.raises(UnicodeEncodeError):
         files.write_text_atomic(path, "\ud800")
+
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "replace", full_disk)
+    with pytest.raises(OSError, match="no space"):
+        files.write_json_atomic(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert os.listdir(path.parent) == ["s.json"]
+
+
+def test_flags_are_taken_with_dash_and_underscore():
+    parser = Parser()
+    group = parser.add_argument_group("g").add_mutually_exclusive_group()
+    group.add_argument("--answers-file")
+    parser.add_argument("--top_p", type=float)
+    parser.add_argument("--mapSize", type=int)
+    for words in (["--answers-file", "a_b", "--top_p=0.5"], ["--answers_file", "a_b", "--top-p=0.5"]):
+        args = parser.parse_args([*words, "--mapSize", "3"])
+        assert (args.answers_file, args.top_p, args.mapSize) == ("a_b", 0.5, 3)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--answers_fil_e", "x"])

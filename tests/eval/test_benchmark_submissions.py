@@ -96,6 +96,16 @@ def test_vqav2_local_accuracy(golden, save, command, tmp_path, suffix):
     assert {key: round(100 * value, 2) for key, value in saved["per_sample"].items()} == found["per_question"]
 
 
+def test_vqav2_normalises_only_where_annotators_disagree(golden, save):
+    row = {**golden("vqa_accuracy")["annotations"][0], "question_id": 1}
+    score = benchmarks.get_benchmark("vqav2").score
+    for truths, expected in [(["Yes."] * 10, 0), (["Yes."] * 9 + ["no"], 1)]:
+        answers = [{"answer": truth} for truth in truths]
+        annotations = save("val.json", {"annotations": [{**row, "answers": answers}]})
+        results = save("r.json", [{"question_id": 1, "answer": "yes"}])
+        assert score(annotation_file=annotations, result_file=results).per_sample["1"] == expected
+
+
 def test_vqav2_broken_inputs(golden, save):
     found = golden("vqa_accuracy")
     score = benchmarks.get_benchmark("vqav2").score
@@ -163,7 +173,8 @@ def test_seed_broken_inputs(golden, seed, save, script, command):
         status, out, err = command(script("convert_seed_for_submission"), *flat({**seed, flag: path}))
         assert (status, out) == (1, "") and message in err
     images = [row for row in annotations["questions"] if row["data_type"] == "image"]
-    ids = {row["question_id"] for row in images}
+    images = [{**row, "question_id": int(row["question_id"])} for row in images if row["question_id"].isdigit()]
+    ids = {str(row["question_id"]) for row in images}
     score = benchmarks.get_benchmark("seed").score(
         annotation_file=save("images.json", {**annotations, "questions": images}),
         result_file=save("images.jsonl", [row for row in answers if str(row["question_id"]) in ids]),

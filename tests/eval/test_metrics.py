@@ -52,6 +52,12 @@ def test_letters(golden):
         assert (metrics.scienceqa_letter(run["result_json"]["outputs"][key]) or "FAILED") == parsed
 
 
+def test_a_lone_a_is_an_article_in_sentences_of_four_words_and_more():
+    assert metrics.mmbench_letter("A is it") == "A"
+    assert metrics.mmbench_letter("A cat sits here") is None
+    assert metrics.mmbench_letter("B cat sits here") == "B"
+
+
 def test_mmbench_letter_falls_back_on_a_unique_option_text():
     options = {"A": "Cat", "B": "dog", "C": "cat food"}
     assert metrics.mmbench_letter("a dog", options) == "B"

@@ -117,7 +117,7 @@ class Benchmark:
 
     def question(self, row: Mapping[str, Any], where: str) -> Question:
         """The question of one line; `where` names file and line for errors."""
-        for key, types in (("question_id", (int, str)), ("image", (str,)), ("text", (str,))):
+        for key, types in (("question_id", (int, str)), ("image", (str,))):
             # bool is an int to Python, not to this format
             if not isinstance(row[key], types) or isinstance(row[key], bool):
                 allowed = " or ".join(kind.__name__ for kind in types)

@@ -67,13 +67,17 @@ def read_jsonl(
     """All lines of a JSON-lines file as (line number, object).
 
     Raises:
-        ValueError: A broken line, a line without one of the `required` keys, or a file without any line.
+        ValueError: A broken line, a line without one of the `required` keys, one whose required "text" or "prompt" is
+            no string, or a file without any line.
     """
     rows = list(iterate_jsonl(path, broken))
     if not rows:
         raise ValueError(f"{path} is empty: it holds no JSON line")
     for number, row in rows:
         require_keys(row, required, f"{path} line {number}")
+        for key in ("text", "prompt"):
+            if key in required and not isinstance(row[key], str):
+                raise ValueError(f"{path} line {number}: {key!r} is {row[key]!r}, expected str")
     return rows
 
 

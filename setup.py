@@ -1,0 +1,46 @@
+"""Metadata of the `apet` distribution: the packages `apet` and `llava`, and what they need."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+
+def read(name: str) -> str:
+    """The text of a file beside this one."""
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+VERSION = re.search(r'^__version__ = "([^"]+)"', read("apet/__init__.py"), re.MULTILINE).group(1)
+
+SAMPLE = ["scikit-learn>=1.4", "scikit-image>=0.22", "matplotlib>=3.8"]
+MMBENCH = ["pandas>=2.1", "openpyxl>=3.1"]
+# The formatter's output changes between releases, so ruff is the one pinned tool.
+TEST = ["pytest>=8.0", "hypothesis>=6.100", "ruff==0.17.5", *SAMPLE, *MMBENCH]
+
+setup(
+    name="apet",
+    version=VERSION,
+    description="Approximation-error guided compression of visual tokens for vision-language models",
+    long_description=read("README.md"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["apet", "apet.*", "llava", "llava.*"]),
+    package_data={"apet": ["py.typed"], "llava": ["py.typed"]},
+    install_requires=read("requirements.txt").split(),
+    extras_require={
+        "test": TEST,
+        "sample": SAMPLE,
+        "mmbench": MMBENCH,
+        "quant": ["bitsandbytes>=0.45"],
+        "flash": ["flash-attn>=2.6"],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
