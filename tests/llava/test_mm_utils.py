@@ -9,8 +9,7 @@ import pytest
 import sentencepiece
 import torch
 from PIL import Image
-from transformers import LlamaTokenizer
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, LlamaTokenizer
 
 from llava import mm_utils
 
