@@ -60,6 +60,10 @@ class ApetConfig:
         fps_start: "farthest" (from the mean) or the index of the first basis token.
         position_mode: "compact" renumbers the surviving tokens, "keep" leaves them their original positions, "auto"
             is what the model's family was published with.
+        budget_per: "crop" (the published meaning for anyres images) or "image": the vision budget is the image's and is
+            split over its crops by error mass. The same for images of one crop.
+        compat: None, or "published" for the published accounting of anyres images: padding takes budget at the vision
+            stage, and decoder stages cut only the first tokens of an image, as many as the previous budget.
         seed: Seed of methods and bases that draw at random.
     """
 
@@ -73,6 +77,8 @@ class ApetConfig:
     basis_selection: str = "fps"
     fps_start: int | str = "farthest"
     position_mode: str = "auto"
+    budget_per: str = "crop"
+    compat: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -150,6 +156,10 @@ class ApetConfig:
             raise ValueError(f"fps_start={self.fps_start!r} must be 'farthest' or a token index of at least 0")
         if self.position_mode not in POSITION_MODES:
             raise ValueError(f"position_mode={self.position_mode!r} is unknown; choose {', '.join(POSITION_MODES)}")
+        if self.budget_per not in ("crop", "image"):
+            raise ValueError(f"budget_per={self.budget_per!r} is unknown; choose crop or image")
+        if self.compat not in (None, "published"):
+            raise ValueError(f"compat={self.compat!r} is unknown; choose published, or leave it out")
 
     def _check_decreasing(self) -> None:
         counts = [(budget, name) for budget, name in zip(self.stage_budgets, self._stage_names(), strict=True)]

@@ -1,13 +1,13 @@
 """Turn compression on and off for a transformers model: `apply_patch`, `remove_patch`, `patched`, `last_result`."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 from torch import nn
 
 from apet.adapters import Adapter, adapter_for
 from apet.adapters.decoder import DecoderPatch, Stage, StageRun
-from apet.adapters.vision import VisionStage
+from apet.adapters.vision import ImageLayout, VisionStage
 from apet.config import ApetConfig
 from apet.methods import selector
 from apet.result import CompressionResult, StageResult
@@ -21,14 +21,14 @@ class _Patch:
     def __init__(self, adapter: Adapter, config: ApetConfig) -> None:
         self.config = config
         self.num_layers = len(adapter.layers)
-        vision, stages = _build_stages(adapter, config)
+        self.vision, stages = _build_stages(adapter, config)
         positions = adapter.preset.position_mode if config.position_mode == "auto" else config.position_mode
-        self.decoder = DecoderPatch(adapter, stages, positions, vision)
+        self.decoder = DecoderPatch(adapter, stages, positions, self.vision)
         self._generation = adapter.model.generation_config
         # With a static cache on a GPU generate() compiles the decoding step; the hooks' state is not traceable.
         self._disable_compile = getattr(self._generation, "disable_compile", False)
         self._generation.disable_compile = True
-        self._handles = self.decoder.attach() + (vision.attach() if vision is not None else [])
+        self._handles = self.decoder.attach() + (self.vision.attach() if self.vision is not None else [])
 
     def detach(self) -> None:
         """Remove the hooks and restore the generation config."""
@@ -85,6 +85,17 @@ def patched(model: nn.Module, config: ApetConfig) -> Iterator[nn.Module]:
             apply_patch(model, before.config)
 
 
+def expecting_images(model: nn.Module, layouts: Sequence[ImageLayout]):
+    """Tell a patched model, for the images encoded inside the ``with`` block, how their crops become prompt columns.
+
+    For code that arranges crops itself (`llava`). Does nothing on a model without a patch.
+    """
+    patch = getattr(model, _PATCH, None)
+    if patch is None or patch.vision is None:
+        return nullcontext()
+    return patch.vision.expecting(layouts)
+
+
 def active_config(model: nn.Module) -> ApetConfig | None:
     """The configuration `model` is patched with, or None."""
     patch = getattr(model, _PATCH, None)
@@ -137,14 +148,18 @@ def _build_stages(adapter: Adapter, config: ApetConfig) -> tuple[VisionStage | N
     if config.layer_list:
         _refuse_sliding_window(adapter)
     vision, stages = None, []
+    published = config.compat == "published"
     vision_select = selector(config, "vision", adapter.preset.vision)
+    if adapter.projector is not None:
+        per_image = config.budget_per == "image"
+        vision = VisionStage(adapter.projector, vision_budget, vision_select, per_image, published)
     if vision_budget is not None:
-        if adapter.projector is not None:
-            vision = VisionStage(adapter.projector, vision_budget, vision_select)
         stages.append(Stage("vision", 0, vision_budget, None if vision is not None else vision_select))
     llm_select = selector(config, "llm", adapter.preset.llm) if config.layer_list else None
+    window = vision_budget if published else None
     for layer, budget in zip(config.layer_list, layer_budgets, strict=True):
-        stages.append(Stage(f"layer {layer}", layer, budget, llm_select))
+        stages.append(Stage(f"layer {layer}", layer, budget, llm_select, window))
+        window = budget if published else None
     return vision, stages
 
 

@@ -1,8 +1,12 @@
 """Fixtures shared by the tests."""
 
 import pytest
+import torch
 from tiny import tiny_llava
 from transformers import LlavaForConditionalGeneration
+
+# The models are tiny: a second thread costs more in synchronisation than it computes, most of all on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", params=["sdpa", "eager"])

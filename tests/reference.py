@@ -1,4 +1,4 @@
-"""An independent compressed LLaVA decoder for the tests: float64, one sample, no padding, no cache, no transformers code.
+"""An independent compressed LLaVA decoder for the tests: float64, one sample, no padding, no cache.
 
 Everything is recomputed at every step. Only `apet.compress` is shared with the product: which tokens survive is tested
 against golden data elsewhere; here the question is what the patched model does with them.
@@ -130,7 +130,9 @@ class Reference:
         scores = query @ key.transpose(1, 2) / size**0.5
         future = torch.ones(len(hidden), len(hidden)).triu(1).bool()
         mixed = scores.masked_fill(future, -torch.inf).softmax(-1) @ value
-        hidden = hidden + mixed.transpose(0, 1).reshape(len(hidden), -1) @ self.weights[prefix + "self_attn.o_proj.weight"].T
+        hidden = (
+            hidden + mixed.transpose(0, 1).reshape(len(hidden), -1) @ self.weights[prefix + "self_attn.o_proj.weight"].T
+        )
         inputs = self._norm(hidden, prefix + "post_attention_layernorm.weight")
         gate = torch.nn.functional.silu(inputs @ self.weights[prefix + "mlp.gate_proj.weight"].T)
         up = inputs @ self.weights[prefix + "mlp.up_proj.weight"].T

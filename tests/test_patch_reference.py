@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from tiny import IMAGE_ID, MIXED_ROWS, batch
 from reference import Reference
+from tiny import IMAGE_ID, MIXED_ROWS, batch
 
 import apet
 from apet import ApetConfig

@@ -1,7 +1,7 @@
 """What the patch must know about a model family, and the registry of families.
 
 An adapter is data and a few look-ups; it never sees a compression method: base model, text model, placeholder ids,
-how placeholder runs split into images, where features can be compressed before the projector.
+where features can be compressed before the projector.
 """
 
 from typing import ClassVar
@@ -54,14 +54,6 @@ class Adapter:
     def projector(self) -> nn.Module | None:
         """Module whose input rows the vision stage compresses, or None to compress the embeddings it produced."""
         return None
-
-    def split_run(self, length: int) -> list[int]:
-        """Lengths of the images in a contiguous run of `length` placeholders.
-
-        Raises:
-            ValueError: The run is not made of whole images.
-        """
-        raise NotImplementedError
 
 
 _ADAPTERS: dict[str, type[Adapter]] = {}

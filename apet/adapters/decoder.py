@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from apet.adapters.base import Adapter
-from apet.adapters.layout import Block, Layout, layout_from_ids, to_device
-from apet.adapters.vision import Select, VisionRecord, VisionStage, budget_for
+from apet.adapters.layout import Block, Layout, follows, layout_from_ids, to_device
+from apet.adapters.vision import Budget, ImageRecord, Select, VisionStage, budget_for
 
 _STATE = "_apet_state"
 
@@ -36,12 +36,15 @@ class Stage:
         layer: 0-based index of the layer in front of which it acts.
         budget: Tokens per image: count, share (float), one count per image, or None for all.
         select: The method, or None where the projector hooks have already compressed the rows.
+        window: Only the first so many tokens of an image take part, the others stay (the published accounting of anyres
+            images); None for all of them.
     """
 
     name: str
     layer: int
-    budget: int | float | Sequence[int] | None
+    budget: Budget
     select: Select | None
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,28 @@ class StageRun:
     stage: Stage
     blocks: tuple[Block, ...]
     kept: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What a stage keeps of one block.
+
+    Attributes:
+        way: Number of columns kept where only the device knows which, or the columns themselves.
+        indices: (K,) kept positions relative to the block.
+        tokens: (K', D) new content of kept tokens, None where they stay as they are.
+        places: (K',) columns of the shortened block that `tokens` go to.
+    """
+
+    way: int | np.ndarray
+    indices: Tensor
+    tokens: Tensor | None = None
+    places: np.ndarray | None = None
+
+    @property
+    def count(self) -> int:
+        """Columns kept."""
+        return self.way if isinstance(self.way, int) else len(self.way)
 
 
 @dataclass(frozen=True)
@@ -100,6 +125,7 @@ class _Call:
     positions: Tensor | None = None
     ids: Tensor | None = None
     items: Tensor | None = None
+    records: tuple[ImageRecord, ...] | None = None
     runs: list[StageRun] = field(default_factory=list)
     overrides: dict[int, tuple[Tensor | None, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
@@ -167,12 +193,12 @@ class DecoderPatch:
     def _prefill_text(self, call: _Call, kwargs: dict) -> dict:
         """Find the images, decide what every stage will drop, and run the stage in front of layer 0."""
         embeds = kwargs["inputs_embeds"]
-        record = self._vision.record if self._vision is not None else None
-        call.layout = self._read_layout(call, embeds, kwargs.get("attention_mask"), record)
+        call.records = self._vision.records if self._vision is not None else None
+        call.layout = self._read_layout(call, embeds, kwargs.get("attention_mask"))
         blocks = call.layout.blocks()
         self.prompt, self.rows, self.runs = tuple(blocks), embeds.shape[0], None
-        if not self._drops_anything(blocks):
-            call.runs.extend(_untouched(stage, blocks, embeds.device) for stage in self._stages.values())
+        if not blocks:
+            call.runs.extend(StageRun(stage, (), ()) for stage in self._stages.values())
             return kwargs
         positions = kwargs.get("position_ids")
         if positions is None:
@@ -183,8 +209,7 @@ class DecoderPatch:
         stage = self._stages.get(0)
         if stage is None:
             return kwargs
-        origin = None if record is None or stage.select is not None else record.kept
-        embeds, shortened = self._run_stage(call, stage, embeds, origin)
+        embeds, shortened = self._run_stage(call, stage, embeds)
         if not shortened:
             return kwargs
         mask = call.state.groups[-1].mask
@@ -216,47 +241,58 @@ class DecoderPatch:
             kwargs = kwargs | {"attention_mask": mask, "position_embeddings": embeddings, "position_ids": None}
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
-    def _run_stage(
-        self, call: _Call, stage: Stage, hidden: Tensor, origin: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor, bool]:
-        """Shorten `hidden` (B, L, D) at a stage; returns it and whether anything was dropped.
-
-        `origin` gives, per image, the positions of rows that the vision hooks have already compressed and put first.
-        """
+    def _run_stage(self, call: _Call, stage: Stage, hidden: Tensor) -> tuple[Tensor, bool]:
+        """Shorten `hidden` (B, L, D) at a stage; returns it and whether anything was dropped."""
         blocks = call.layout.blocks()
-        keep = self._keep_counts(stage, blocks)
-        if all(count == block.length for count, block in zip(keep, blocks, strict=True)):
-            call.runs.append(_untouched(stage, blocks, hidden.device))
+        if stage.select is None:
+            choices = [_vision_choice(call.records[block.item], block, hidden.device) for block in blocks]
+        else:
+            choices = self._select(call, stage, blocks, hidden)
+        call.runs.append(StageRun(stage, tuple(blocks), tuple(choice.indices for choice in choices)))
+        if all(choice.count == block.length for choice, block in zip(choices, blocks, strict=True)):
             return hidden, False
-        move = call.layout.shorten(keep)
+        move = call.layout.shorten([choice.way for choice in choices])
         source = to_device(move.source, hidden.device)
-        packed = _take(hidden, source)
         moved = move.layout.blocks()
-        kept: list[Tensor] = [torch.empty(0)] * len(blocks)
-        for members in _equal(blocks, keep):
-            old, new = [blocks[member] for member in members], [moved[member] for member in members]
-            count = keep[members[0]]
-            if origin is not None:
-                indices = torch.stack([origin[block.item][:count].to(hidden.device) for block in old])
-            elif count == old[0].length:
-                indices = torch.arange(count, device=hidden.device).expand(len(old), -1)
-            else:
-                rows, columns = _span(old, old[0].length, hidden.device)
-                result = stage.select(hidden[rows, columns], count)
-                indices = result.indices
-                rows, columns = _span(new, count, hidden.device)
-                packed[rows, columns] = result.tokens
-            rows, columns = _span(new, count, hidden.device)
-            starts = torch.tensor([block.start for block in old], device=hidden.device).unsqueeze(1)
+        for members in _equal([choice.way if isinstance(choice.way, int) else None for choice in choices]):
+            # Here the host knows how many columns stay; which ones is filled in on the device.
+            indices = torch.stack([choices[member].indices for member in members]).to(hidden.device)
+            starts = torch.tensor([[blocks[member].start] for member in members], device=hidden.device)
+            rows, columns = _span([moved[member] for member in members], np.arange(indices.shape[1]), hidden.device)
             source[rows, columns] = starts + indices
-            for position, member in enumerate(members):
-                kept[member] = indices[position]
-        call.runs.append(StageRun(stage, tuple(blocks), tuple(kept)))
+        packed = _take(hidden, source)
+        for block, choice in zip(moved, choices, strict=True):
+            if choice.tokens is not None:
+                packed[block.row, to_device(block.start + choice.places, hidden.device)] = choice.tokens
         call.layout = move.layout
         self._open_group(call, stage, source, hidden.device)
         if call.layout.has_padding:
             packed = packed * call.state.groups[-1].mask.unsqueeze(-1)
         return packed, True
+
+    def _select(self, call: _Call, stage: Stage, blocks: Sequence[Block], hidden: Tensor) -> list[_Choice]:
+        """Let the method choose, for all blocks with equally many candidates and the same budget at once."""
+        images = len({block.item for block in blocks})
+        candidates = [_candidates(stage, block, call.layout.block_lines(block)) for block in blocks]
+        counts = [
+            budget_for(stage.budget, len(columns), block.item, images)
+            for block, columns in zip(blocks, candidates, strict=True)
+        ]
+        choices = [_whole(block, hidden.device) for block in blocks]
+        sizes = [(len(columns), count) for columns, count in zip(candidates, counts, strict=True)]
+        for members in _equal([size if size[1] < size[0] else None for size in sizes]):
+            columns = np.stack([blocks[member].start + candidates[member] for member in members])
+            rows = to_device(np.array([[blocks[member].row] for member in members]), hidden.device)
+            result = stage.select(hidden[rows, to_device(columns, hidden.device)], counts[members[0]])
+            for position, member in enumerate(members):
+                choices[member] = _method_choice(
+                    result.tokens[position],
+                    result.indices[position],
+                    blocks[member],
+                    candidates[member],
+                    call.layout.block_lines(blocks[member]),
+                )
+        return choices
 
     def _open_group(self, call: _Call, stage: Stage, source: Tensor, device: torch.device) -> None:
         """Start the layer group behind a stage that dropped tokens: its mask and positions."""
@@ -299,21 +335,15 @@ class DecoderPatch:
             mask = nn.functional.pad(mask, (0, total - group.length), value=True)
         return mask, group.last + steps
 
-    def _drops_anything(self, blocks: Sequence[Block]) -> bool:
-        return any(
-            count < block.length
-            for stage in self._stages.values()
-            for count, block in zip(self._keep_counts(stage, blocks), blocks, strict=True)
-        )
+    def _read_layout(self, call: _Call, embeds: Tensor, mask: Any) -> Layout:
+        """Roles of the prompt's columns: from the caller's `visual_items`, or from placeholder ids.
 
-    def _keep_counts(self, stage: Stage, blocks: Sequence[Block]) -> list[int]:
-        images = len({block.item for block in blocks})
-        return [budget_for(stage.budget, block.length, block.item, images) for block in blocks]
-
-    def _read_layout(self, call: _Call, embeds: Tensor, mask: Any, record: VisionRecord | None) -> Layout:
-        """Roles of the prompt's columns: from the caller's `visual_items`, or from placeholder ids."""
+        Raises:
+            ValueError: Images that cannot be found in the prompt, or that this model did not encode.
+        """
+        lines = [record.layout.lines for record in call.records or ()]
         if call.items is not None:
-            return Layout(call.items.cpu().numpy())
+            return Layout(call.items.cpu().numpy()).with_lines(lines)
         if call.ids is None:
             if self._stages:
                 raise ValueError(
@@ -323,7 +353,12 @@ class DecoderPatch:
         visual = torch.isin(call.ids, torch.tensor(self._adapter.placeholder_ids, device=call.ids.device))
         valid = _valid_columns(mask, call.cache, visual)
         visual, valid = torch.stack([visual, valid.to(visual.device)]).cpu().numpy()
-        return layout_from_ids(visual, valid, self._adapter.split_run, len(record.kept) if record is not None else None)
+        if call.records is None and visual.any():
+            raise ValueError(
+                "the prompt has images that this model did not encode; pass pixel_values to a patched model"
+            )
+        lengths = [len(record.layout.columns) for record in call.records or ()]
+        return layout_from_ids(visual, valid, lengths).with_lines(lines)
 
 
 def _layer_hook(patch: DecoderPatch, index: int):
@@ -358,8 +393,8 @@ def _refuse_continuation(given: dict, tokens: Tensor, cache: Any, state: _State 
     if not consistent:
         raise ValueError(
             "this cache holds a compressed prompt, so it is shorter than the conversation and generate() would feed "
-            "old tokens again; pass only the new input_ids together with an attention_mask for the whole conversation, or "
-            "start a new cache"
+            "old tokens again; pass only the new input_ids with an attention_mask for the whole conversation, or start "
+            "a new cache"
         )
 
 
@@ -382,22 +417,57 @@ def _valid_columns(mask: Any, cache: Any, visual: Tensor) -> Tensor:
     return row if row.dtype == torch.bool else row == 0
 
 
-def _untouched(stage: Stage, blocks: Sequence[Block], device: torch.device) -> StageRun:
-    return StageRun(stage, tuple(blocks), tuple(torch.arange(block.length, device=device) for block in blocks))
+def _whole(block: Block, device: torch.device) -> _Choice:
+    return _Choice(block.length, torch.arange(block.length, device=device))
 
 
-def _equal(blocks: Sequence[Block], keep: Sequence[int]) -> list[list[int]]:
-    """Indices of blocks grouped by (length, tokens kept), so that each group is one batch."""
-    groups: dict[tuple[int, int], list[int]] = {}
-    for index, (block, count) in enumerate(zip(blocks, keep, strict=True)):
-        groups.setdefault((block.length, count), []).append(index)
+def _vision_choice(record: ImageRecord, block: Block, device: torch.device) -> _Choice:
+    """What the projector hooks kept of an image, as columns of its block."""
+    if record.kept is None:
+        return _whole(block, device)
+    if record.is_plain and block.length == record.layout.length:
+        return _Choice(len(record.kept[0]), record.kept[0])
+    columns = record.kept_columns()
+    columns = columns[columns < block.length]
+    return _Choice(columns, torch.from_numpy(columns))
+
+
+def _candidates(stage: Stage, block: Block, lines: np.ndarray | None) -> np.ndarray:
+    """Columns of a block that a stage chooses from: newlines follow their lines and are no candidates."""
+    if stage.window is not None:
+        return np.arange(min(stage.window, block.length))
+    return np.arange(block.length) if lines is None else np.flatnonzero(lines > -2)
+
+
+def _method_choice(
+    tokens: Tensor, indices: Tensor, block: Block, candidates: np.ndarray, lines: np.ndarray | None
+) -> _Choice:
+    """The method's decision (`indices` among the candidates, ascending) as columns of the block."""
+    if len(candidates) == block.length:
+        return _Choice(len(indices), indices, tokens, np.arange(len(indices)))
+    chosen = candidates[indices.cpu().numpy()]
+    keep = np.ones(block.length, dtype=bool)
+    keep[candidates] = False
+    keep[chosen] = True
+    if lines is not None and len(candidates) == (lines > -2).sum():
+        keep = (keep & (lines > -2)) | follows(lines, keep & (lines > -2))
+    columns = np.flatnonzero(keep)
+    return _Choice(columns, torch.from_numpy(columns), tokens, np.searchsorted(columns, chosen))
+
+
+def _equal(keys: Sequence[Any]) -> list[list[int]]:
+    """Indices of equal keys, so that each group is one batch; None belongs to no group."""
+    groups: dict[Any, list[int]] = {}
+    for index, key in enumerate(keys):
+        if key is not None:
+            groups.setdefault(key, []).append(index)
     return list(groups.values())
 
 
-def _span(blocks: Sequence[Block], length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column indices (M, length) of the first `length` columns of every block."""
+def _span(blocks: Sequence[Block], inside: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column indices (M, n) of the columns `inside` (n,) of every block."""
     rows = np.array([[block.row] for block in blocks])
-    columns = np.array([[block.start] for block in blocks]) + np.arange(length)
+    columns = np.array([[block.start] for block in blocks]) + inside
     return to_device(rows, device), to_device(columns, device)
 
 

@@ -4,7 +4,7 @@ Kept on the host: counts and block boundaries are needed to know tensor shapes, 
 synchronisation. Which tokens survive stays on the device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 TEXT, PADDING = -1, -2
+NEWLINE = -1
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class Block:
     Attributes:
         row: Sequence of the batch.
         start: First column.
-        length: Number of visual tokens.
-        item: Index of the image among the features of the call.
+        length: Number of visual tokens, newlines included.
+        item: Index of the image among the images of the call.
     """
 
     row: int
@@ -37,9 +38,12 @@ class Layout:
 
     Attributes:
         items: (B, L) int: the image's index for visual tokens, TEXT (-1), or PADDING (-2).
+        lines: (B, L) int, None if no image has newlines. A token of line i of its image has i, the newline that ends
+            the line has -(i + 2), everything else -1.
     """
 
     items: np.ndarray
+    lines: np.ndarray | None = None
 
     @property
     def length(self) -> int:
@@ -66,32 +70,56 @@ class Layout:
                     found.append(Block(row, int(start), int(end - start), int(items[start])))
         return found
 
-    def shorten(self, keep: Sequence[int]) -> "Move":
-        """Cut every block (in `blocks` order) to its `keep` and pack the rows to the right (left padding)."""
-        kept = iter(keep)
-        sources, roles = [], []
+    def block_lines(self, block: Block) -> np.ndarray | None:
+        """Lines (length,) of an image's columns; None for an image without newlines."""
+        if self.lines is None:
+            return None
+        lines = self.lines[block.row, block.start : block.start + block.length]
+        return lines if (lines <= -2).any() else None
+
+    def with_lines(self, lines_of: Sequence[np.ndarray | None]) -> "Layout":
+        """The layout with the lines of every image (by item) written in; an image cut short has the first of them."""
+        if all(lines is None for lines in lines_of):
+            return self
+        lines = np.full(self.items.shape, -1, dtype=np.int64)
+        for block in self.blocks():
+            if lines_of[block.item] is not None:
+                lines[block.row, block.start : block.start + block.length] = lines_of[block.item][: block.length]
+        return Layout(self.items, lines)
+
+    def shorten(self, kept: Sequence[int | np.ndarray]) -> "Move":
+        """Cut every block (in `blocks` order) and pack the rows to the right (left padding).
+
+        Args:
+            kept: Columns kept of each block, relative to it; or only their number, where which they are is known on the
+                device alone.
+        """
+        ways = iter(kept)
         blocks = {(block.row, block.start): block for block in self.blocks()}
+        sources = []
         for row, items in enumerate(self.items):
-            columns, column = [], 0
+            columns: list[int] = []
+            column = 0
             while column < len(items):
                 block = blocks.get((row, column))
-                if block is not None:
-                    columns.extend(range(column, column + next(kept)))
-                    column += block.length
+                if block is None:
+                    columns.extend([column] if items[column] != PADDING else [])
+                    column += 1
                     continue
-                if items[column] != PADDING:
-                    columns.append(column)
-                column += 1
+                way = next(ways)
+                inside = np.arange(way) if isinstance(way, int) else way
+                columns.extend((column + inside).tolist())
+                column += block.length
             sources.append(columns)
-            roles.append(items[columns])
         width = max(len(columns) for columns in sources)
         source = np.zeros((len(sources), width), dtype=np.int64)
-        packed = np.full((len(sources), width), PADDING, dtype=self.items.dtype)
+        valid = np.zeros(source.shape, dtype=bool)
         for row, columns in enumerate(sources):
-            if columns:
-                source[row, width - len(columns) :] = columns
-                packed[row, width - len(columns) :] = roles[row]
-        return Move(source, Layout(packed))
+            source[row, width - len(columns) :] = columns
+            valid[row, width - len(columns) :] = True
+        items = np.where(valid, np.take_along_axis(self.items, source, 1), PADDING)
+        lines = None if self.lines is None else np.where(valid, np.take_along_axis(self.lines, source, 1), -1)
+        return Move(source, Layout(items, lines))
 
 
 @dataclass(frozen=True)
@@ -99,7 +127,8 @@ class Move:
     """Result of `Layout.shorten`.
 
     Attributes:
-        source: (B, L') int64 old column of every new one; the first `keep` columns of each block, 0 for padding.
+        source: (B, L') int64 old column of every new one, 0 for padding. Where only a number of columns was given, the
+            first columns of the block stand in.
         layout: The new layout.
     """
 
@@ -107,34 +136,50 @@ class Move:
     layout: Layout
 
 
-def layout_from_ids(
-    visual: np.ndarray, valid: np.ndarray, split_run: Callable[[int], list[int]], images: int | None
-) -> Layout:
+def follows(lines: np.ndarray | None, keep: np.ndarray) -> np.ndarray:
+    """(T,) bool: newlines that stay because a kept token of their line does."""
+    if lines is None:
+        return np.zeros_like(keep)
+    alive = np.unique(lines[keep & (lines >= 0)])
+    return (lines <= -2) & np.isin(-lines - 2, alive)
+
+
+def layout_from_ids(visual: np.ndarray, valid: np.ndarray, lengths: Sequence[int]) -> Layout:
     """Layout of prompts given as ids.
 
     Args:
         visual: (B, L) bool, True on placeholders.
         valid: (B, L) bool, False on padding.
-        split_run: Lengths of the images in a run of placeholders.
-        images: Number of encoded images, if known. Beam search repeats every row: then each image serves several
-            consecutive rows, and the batch holds a multiple of `images` blocks.
+        lengths: Visual tokens of every encoded image, in order. Beam search repeats each row: then the images of a row
+            serve all its copies, and the batch holds a multiple of the placeholders that `lengths` needs.
+
+    Raises:
+        ValueError: The placeholders are not those of the images.
     """
+    visual = visual & valid
     items = np.where(valid, TEXT, PADDING).astype(np.int64)
-    runs: list[tuple[int, int, int]] = []
+    found, needed = int(visual.sum()), sum(lengths)
+    if found == 0:
+        return Layout(items)
+    if needed == 0 or found % needed:
+        raise ValueError(
+            f"the prompts hold {found} image placeholders, but the encoded images have {list(lengths)} tokens; an "
+            "image was cut in two (prefill_chunk_size splits prompts: leave it out) or its placeholder was not expanded"
+        )
+    repeats, image, before = found // needed, 0, 0
     for row in range(items.shape[0]):
-        marked = np.flatnonzero(visual[row] & valid[row])
-        for run in np.split(marked, np.flatnonzero(np.diff(marked) > 1) + 1):
-            start = int(run[0]) if len(run) else 0
-            for length in split_run(len(run)) if len(run) else ():
-                runs.append((row, start, length))
-                start += length
-    repeats = len(runs) // images if images and runs and len(runs) % images == 0 else 1
-    per_row = np.bincount([row for row, _, _ in runs], minlength=items.shape[0])
-    first = np.concatenate([[0], np.cumsum(per_row[::repeats])])
-    seen = np.zeros(items.shape[0], dtype=np.int64)
-    for row, start, length in runs:
-        items[row, start : start + length] = first[row // repeats] + seen[row]
-        seen[row] += 1
+        image = before if row % repeats else image
+        before = image
+        columns = np.flatnonzero(visual[row])
+        while len(columns):
+            length = lengths[image] if image < len(lengths) else 0
+            if not 0 < length <= len(columns) or columns[length - 1] - columns[0] != length - 1:
+                raise ValueError(
+                    f"row {row} does not hold the {length} consecutive placeholders of image {image}; an image was cut "
+                    "in two (prefill_chunk_size splits prompts: leave it out) or images and prompts do not match"
+                )
+            items[row, columns[:length]] = image
+            columns, image = columns[length:], image + 1
     return Layout(items)
 
 

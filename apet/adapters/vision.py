@@ -1,39 +1,105 @@
 """Vision stage before the projector: compress the features that enter it and project the kept rows only.
 
-The projected rows stand first in each image's block and zero rows fill it up to the image's original length: the host
-model's count of placeholders holds, and the decoder side then drops the zero columns (`adapters.decoder`).
+The projected rows go back to their own places in each crop and zero rows stand for the dropped ones: the host model
+arranges the crops as it always does (tiles, unpadding, newlines) and its count of placeholders holds. The decoder side
+then drops the columns of the zero rows (`adapters.decoder`), which it finds through the record kept here.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from apet.adapters.layout import NEWLINE, follows, to_device
 from apet.core.types import CompressedTokens
 
-Select = Callable[[Tensor, int], CompressedTokens]
+Select = Callable[..., CompressedTokens]
+Budget = int | float | Sequence[int] | None
 
 
 @dataclass(frozen=True)
-class VisionRecord:
-    """What the vision stage did to the images of one encoder call.
+class ImageLayout:
+    """How the rows of one image's crops become its columns in the prompt.
 
     Attributes:
-        tokens_in: Tokens per image before compression.
-        kept: One int64 (K_i,) tensor of kept positions per image, ascending.
+        crops: Crops the image was encoded as.
+        length: Rows per crop.
+        columns: (T,) for every column of the uncompressed image the row it shows, counted through the crops, or
+            NEWLINE (-1) for a newline token.
     """
 
-    tokens_in: int
-    kept: tuple[Tensor, ...]
+    crops: int
+    length: int
+    columns: np.ndarray
+
+    @property
+    def lines(self) -> np.ndarray | None:
+        """(T,) line of every column as `Layout.lines` codes it; None for an image without newlines.
+
+        A line ends in its newline; columns of the first of several crops, the overview, are in no line.
+        """
+        newline = self.columns == NEWLINE
+        if not newline.any():
+            return None
+        line = np.cumsum(newline) - newline
+        overview = (self.columns < self.length) & (self.crops > 1)
+        return np.where(newline, -(line + 2), np.where(overview, -1, line))
+
+    @property
+    def shown(self) -> np.ndarray:
+        """(crops, length) bool, False for rows that the prompt never shows (padding of the tiles)."""
+        rows = np.zeros(self.crops * self.length, dtype=bool)
+        rows[self.columns[self.columns != NEWLINE]] = True
+        return rows.reshape(self.crops, self.length)
 
 
-def budget_for(budget: int | float | Sequence[int] | None, length: int, item: int, images: int) -> int:
-    """Tokens kept of one image of `length` tokens; never more than it has, never less than one.
+def single_crop(length: int) -> ImageLayout:
+    """An image of one crop, shown row by row."""
+    return ImageLayout(1, length, np.arange(length))
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """What the vision stage did to one image.
+
+    Attributes:
+        layout: Its columns before compression.
+        kept: Per crop the kept positions (K,) int64 on the device, ascending; None if the image was kept whole.
+    """
+
+    layout: ImageLayout
+    kept: tuple[Tensor, ...] | None
+
+    @property
+    def is_plain(self) -> bool:
+        """One crop shown row by row: kept positions are columns, and their number is known without looking."""
+        return self.layout.crops == 1 and len(self.layout.columns) == self.layout.length
+
+    def kept_columns(self) -> np.ndarray:
+        """Columns (host) that show a kept row, or a newline whose line still has one. Waits for the device."""
+        columns, length = self.layout.columns, self.layout.length
+        if self.kept is None:
+            return np.arange(len(columns))
+        rows = torch.cat([kept + crop * length for crop, kept in enumerate(self.kept)]).cpu().numpy()
+        keep = np.isin(columns, rows)
+        return np.flatnonzero(keep | follows(self.layout.lines, keep))
+
+
+def budget_for(budget: Budget, length: int, item: int, images: int) -> int:
+    """Tokens kept of `length`; never more than there are, never less than one.
+
+    Args:
+        budget: Count, share (float), one count per image, or None for all.
+        length: Tokens there are.
+        item: Number of the image in the call.
+        images: Images of the call.
 
     Raises:
-        ValueError: A per-image budget list that does not match the number of images.
+        ValueError: A list of budgets that does not match the number of images.
     """
     if budget is None:
         return length
@@ -47,12 +113,22 @@ def budget_for(budget: int | float | Sequence[int] | None, length: int, item: in
 
 
 class VisionStage:
-    """Hooks around the projector of one model; remembers the last call per thread."""
+    """Hooks around the projector of one model; remembers the last call per thread.
 
-    def __init__(self, projector: nn.Module, budget, select: Select) -> None:
+    Args:
+        projector: Maps rows (C, N, D) one by one.
+        budget: Tokens per crop, or per image with `per_image`; None only records what is encoded.
+        select: The method.
+        per_image: The budget is the image's and is split over its crops by error mass.
+        published: Padding takes budget like real patches, as in the published code.
+    """
+
+    def __init__(
+        self, projector: nn.Module, budget: Budget, select: Select, per_image: bool = False, published: bool = False
+    ) -> None:
         self._projector = projector
-        self._budget = budget
-        self._select = select
+        self._budget, self._select = budget, select
+        self._per_image, self._published = per_image, published
         self._local = threading.local()
 
     def attach(self) -> list:
@@ -63,32 +139,125 @@ class VisionStage:
         ]
 
     @property
-    def record(self) -> VisionRecord | None:
-        """What the last call in this thread kept; None before the first."""
-        return getattr(self._local, "record", None)
+    def records(self) -> tuple[ImageRecord, ...] | None:
+        """The images of the last encoder call in this thread; None before the first."""
+        return getattr(self._local, "records", None)
+
+    @contextmanager
+    def expecting(self, layouts: Sequence[ImageLayout]) -> Iterator[None]:
+        """Say how the crops encoded inside the block become prompt columns; otherwise each is an image of its own."""
+        self._local.layouts = layouts
+        try:
+            yield
+        finally:
+            self._local.layouts = None
 
     def _before(self, module: nn.Module, args: tuple) -> tuple:
         features = args[0]
-        images, length = features.shape[:2]
-        keep = [budget_for(self._budget, length, item, images) for item in range(images)]
-        whole = torch.arange(length, device=features.device)
-        kept = [whole] * images
-        self._local.length = length
-        if min(keep, default=length) < length:
-            rows = features.new_zeros(images, max(keep), features.shape[2])
-            for count in sorted(set(keep)):
-                members = [item for item in range(images) if keep[item] == count]
-                chosen = features[members] if len(members) < images else features
-                if count < length:
-                    result = self._select(chosen, count)
-                    chosen, indices = result.tokens, result.indices
-                    for position, item in enumerate(members):
-                        kept[item] = indices[position]
-                rows[members, :count] = chosen
-            args = (rows, *args[1:])
-        self._local.record = VisionRecord(length, tuple(kept))
-        return args
+        crops, length = features.shape[:2]
+        layouts = getattr(self._local, "layouts", None) or [single_crop(length)] * crops
+        shown = np.concatenate([layout.shown for layout in layouts])
+        counts = self._counts(features, layouts, shown)
+        self._local.rows = None
+        if all(count is None for count in counts):
+            self._local.records = tuple(ImageRecord(layout, None) for layout in layouts)
+            return args
+        rows, kept = self._compress(features, counts, shown)
+        self._local.rows, self._local.length = kept, length
+        first = np.cumsum([0, *(layout.crops for layout in layouts)])
+        self._local.records = tuple(
+            ImageRecord(layout, tuple(kept[start : start + layout.crops]))
+            for layout, start in zip(layouts, first[:-1], strict=True)
+        )
+        return (rows, *args[1:])
 
     def _after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        missing = self._local.length - output.shape[1]
-        return output if missing == 0 else nn.functional.pad(output, (0, 0, 0, missing))
+        """Put the projected rows back in their places."""
+        kept = self._local.rows
+        if kept is None:
+            return output
+        full = output.new_zeros(output.shape[0], self._local.length, output.shape[2])
+        places = nn.utils.rnn.pad_sequence(kept, batch_first=True)
+        # Rows that only fill up a shorter crop are written over position 0 before the real ones are.
+        filler = torch.arange(places.shape[1], device=places.device) >= _lengths(kept, places.device)
+        places = torch.where(filler, self._local.length, places)
+        full = nn.functional.pad(full, (0, 0, 0, 1))
+        full.scatter_(1, places.unsqueeze(-1).expand(-1, -1, output.shape[2]), output)
+        return full[:, :-1]
+
+    def _counts(self, features: Tensor, layouts: Sequence[ImageLayout], shown: np.ndarray) -> list[int | None]:
+        """Tokens to keep of every crop; None for a crop that is kept whole."""
+        length = features.shape[1]
+        if self._per_image and self._budget is not None:
+            return self._split_by_error(features, layouts, shown)
+        counts, images = [], len(layouts)
+        for item, layout in enumerate(layouts):
+            counts += [budget_for(self._budget, length, item, images)] * layout.crops
+        if self._published:
+            return [None if count >= length else count for count in counts]
+        return [None if count >= real else count for count, real in zip(counts, shown.sum(1).tolist(), strict=True)]
+
+    def _split_by_error(self, features: Tensor, layouts: Sequence[ImageLayout], shown: np.ndarray) -> list[int | None]:
+        """Each image's budget over its crops, in proportion to the energy its basis cannot rebuild."""
+        mask = None if shown.all() else to_device(shown, features.device)
+        errors = self._select(features, max(1, features.shape[1] // 2), mask=mask).errors
+        mass = errors.clamp(min=0).square().sum(-1).double().cpu().numpy()
+        real = shown.sum(1)
+        counts: list[int | None] = []
+        for item, layout in enumerate(layouts):
+            members = slice(len(counts), len(counts) + layout.crops)
+            budget = budget_for(self._budget, int(real[members].sum()), item, len(layouts))
+            split = _proportional(budget, mass[members], real[members])
+            counts += [
+                None if count >= limit else int(count) for count, limit in zip(split, real[members], strict=True)
+            ]
+        return counts
+
+    def _compress(
+        self, features: Tensor, counts: Sequence[int | None], shown: np.ndarray
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Kept features (C, K, D), filled up with zeros, and the kept positions (K_c,) of every crop."""
+        real = np.ones_like(shown) if self._published else shown
+        sizes = [int(mask.sum()) if count is None else count for count, mask in zip(counts, real, strict=True)]
+        rows = features.new_zeros(len(counts), max(sizes), features.shape[2])
+        kept: list[Tensor] = [torch.empty(0)] * len(counts)
+        for count in dict.fromkeys(counts):
+            members = [crop for crop, one in enumerate(counts) if one == count]
+            if count is None:
+                for crop in members:
+                    kept[crop] = to_device(np.flatnonzero(real[crop]), features.device)
+                    rows[crop, : sizes[crop]] = features[crop, kept[crop]]
+                continue
+            block = features if len(members) == len(counts) else features[members]
+            mask = None if real[members].all() else to_device(real[members], features.device)
+            result = self._select(block, count) if mask is None else self._select(block, count, mask=mask)
+            rows[members, :count] = result.tokens
+            for position, crop in enumerate(members):
+                kept[crop] = result.indices[position]
+        return rows, kept
+
+
+def _lengths(kept: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.tensor([[len(one)] for one in kept], device=device)
+
+
+def _proportional(total: int, mass: np.ndarray, limits: np.ndarray) -> np.ndarray:
+    """Split `total` in proportion to `mass`, at least 1 and at most `limits` each; the parts add up to `total`.
+
+    A part that reaches its limit leaves the rest to the others; remainders go to the largest fractions.
+    """
+    total = int(np.clip(total, np.minimum(1, limits).sum(), limits.sum()))
+    parts = np.minimum(1, limits)
+    open_ = parts < limits
+    while parts.sum() < total:
+        weight = np.where(open_, np.maximum(mass, 1e-12), 0)
+        share = weight / weight.sum() * (total - parts.sum())
+        step = np.minimum(np.floor(share).astype(int), limits - parts)
+        if step.sum() == 0:
+            order = np.argsort(-(share - np.floor(share)), kind="stable")
+            chosen = [index for index in order if open_[index]][: total - parts.sum()]
+            step = np.zeros_like(parts)
+            step[chosen] = 1
+        parts = parts + step
+        open_ = parts < limits
+    return parts

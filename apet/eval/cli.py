@@ -46,6 +46,10 @@ def add_compression_flags(parser: Parser) -> None:
     group.add_argument("--basis_selection", type=str, default="fps", help="fps, dpc or random")
     group.add_argument("--fps_start", type=str, default="farthest", help="farthest, first, or a token index")
     group.add_argument("--position_mode", type=str, default="auto", help="auto, compact or keep")
+    group.add_argument(
+        "--budget_per", type=str, default="crop", help="anyres: is visual_token_num per crop or per image"
+    )
+    group.add_argument("--compat", type=str, default=None, help="published: the published accounting of anyres images")
     group.add_argument("--seed", type=int, default=0, help="seed of sampling and of methods that draw at random")
     group.add_argument("--llm_pruning", action="store_true", help="accepted for old scripts; has no effect")
 
@@ -68,6 +72,8 @@ def config_from_flags(args: argparse.Namespace) -> ApetConfig:
         basis_selection=args.basis_selection,
         fps_start=_fps_start(args.fps_start),
         position_mode=args.position_mode,
+        budget_per=args.budget_per,
+        compat=args.compat,
         seed=args.seed,
     )
 

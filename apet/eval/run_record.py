@@ -1,7 +1,7 @@
 """The record of a run, written beside its answers: `X.jsonl` -> `X.run.json`.
 
-Settings (everything that can change an answer), environment, counts and times. A resumed run must have the same settings,
-and a score can be traced back to what produced it.
+Settings (everything that can change an answer), environment, counts and times. A resumed run must have the same
+settings, and a score can be traced back to what produced it.
 """
 
 import hashlib
@@ -93,8 +93,8 @@ class RunRecord:
         if changed:
             differences = "; ".join(f"{name}: {old.get(name)!r} there, {wanted.get(name)!r} now" for name in changed)
             raise ValueError(
-                f"{answers_file} was made with other settings ({differences}); give another --answers-file, or leave out "
-                "--resume to start anew"
+                f"{answers_file} was made with other settings ({differences}); give another --answers-file, or leave "
+                "out --resume to start anew"
             )
         self.counts = before["counts"]
         self.started = before["started"]
@@ -188,15 +188,15 @@ class RunRecord:
         first = records[0]
         for record in records[1:]:
             if record.settings != first.settings:
-                raise ValueError(f"{record.path} and {first.path} were made with different settings; run one of them anew")
+                raise ValueError(
+                    f"{record.path} and {first.path} were made with different settings; run one of them anew"
+                )
         counts = {name: sum(record.counts[name] for record in records) for name in first.counts}
         failures = [failure for record in records for failure in record.failures]
         questions = sum(record.questions for record in records)
         environment = first.environment | {"chunk": [0, len(records)]}
         started = min(record.started for record in records)
-        return cls(
-            cls.path_for(target), first.settings, environment, questions, "complete", counts, failures, started
-        )
+        return cls(cls.path_for(target), first.settings, environment, questions, "complete", counts, failures, started)
 
 
 def _version(name: str) -> str | None:

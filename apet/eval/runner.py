@@ -153,7 +153,7 @@ def _report_failure(question: Question, problem: ImageError, options: RunOptions
 
 
 def _loader(shard: Sequence[Question], todo: list[int], preparer: Preparer, options: RunOptions) -> DataLoader:
-    """Batches of (index, prepared question or ImageError). Batches hold prompts of similar length, to waste no padding."""
+    """Batches of (index, prepared question or ImageError), of prompts of similar length to waste no padding."""
     order = todo if options.batch_size == 1 else sorted(todo, key=lambda index: len(shard[index].prompt))
     batches = [order[start : start + options.batch_size] for start in range(0, len(order), options.batch_size)]
     workers = min(options.num_workers, len(batches))
@@ -240,7 +240,9 @@ class AnswersFile:
             except json.JSONDecodeError as error:
                 if number == len(lines):
                     break
-                raise ValueError(f"{self.path} line {number} is not JSON: {error}; remove the line and resume") from None
+                raise ValueError(
+                    f"{self.path} line {number} is not JSON: {error}; remove the line and resume"
+                ) from None
             if not whole:
                 break
             index = place.get(_key(row))
