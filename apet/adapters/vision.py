@@ -69,10 +69,12 @@ class ImageRecord:
     Attributes:
         layout: Its columns before compression.
         kept: Per crop the kept positions (K,) int64 on the device, ascending; None if the image was kept whole.
+        all_newlines: Newlines stay also where their line is empty (the published accounting).
     """
 
     layout: ImageLayout
     kept: tuple[Tensor, ...] | None
+    all_newlines: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -86,6 +88,8 @@ class ImageRecord:
             return np.arange(len(columns))
         rows = torch.cat([kept + crop * length for crop, kept in enumerate(self.kept)]).cpu().numpy()
         keep = np.isin(columns, rows)
+        if self.all_newlines:
+            return np.flatnonzero(keep | (columns == NEWLINE))
         return np.flatnonzero(keep | follows(self.layout.lines, keep))
 
 
@@ -166,7 +170,7 @@ class VisionStage:
         self._local.rows, self._local.length = kept, length
         first = np.cumsum([0, *(layout.crops for layout in layouts)])
         self._local.records = tuple(
-            ImageRecord(layout, tuple(kept[start : start + layout.crops]))
+            ImageRecord(layout, tuple(kept[start : start + layout.crops]), self._published)
             for layout, start in zip(layouts, first[:-1], strict=True)
         )
         return (rows, *args[1:])
@@ -199,9 +203,11 @@ class VisionStage:
 
     def _split_by_error(self, features: Tensor, layouts: Sequence[ImageLayout], shown: np.ndarray) -> list[int | None]:
         """Each image's budget over its crops, in proportion to the energy its basis cannot rebuild."""
-        mask = None if shown.all() else to_device(shown, features.device)
-        errors = self._select(features, max(1, features.shape[1] // 2), mask=mask).errors
-        mass = errors.clamp(min=0).square().sum(-1).double().cpu().numpy()
+        errors = features.new_zeros(features.shape[:2], dtype=torch.float32)
+        for rows, places in _equal_crops(shown, [0] * len(shown), features.device):
+            half = max(1, places.shape[1] // 2)
+            errors[rows, places] = self._select(features[rows, places], half).errors
+        mass = errors.square().sum(-1).double().cpu().numpy()
         real = shown.sum(1)
         counts: list[int | None] = []
         for item, layout in enumerate(layouts):
@@ -218,23 +224,35 @@ class VisionStage:
     ) -> tuple[Tensor, list[Tensor]]:
         """Kept features (C, K, D), filled up with zeros, and the kept positions (K_c,) of every crop."""
         real = np.ones_like(shown) if self._published else shown
-        sizes = [int(mask.sum()) if count is None else count for count, mask in zip(counts, real, strict=True)]
-        rows = features.new_zeros(len(counts), max(sizes), features.shape[2])
+        limits = real.sum(1).tolist()
+        sizes = [limit if count is None else count for count, limit in zip(counts, limits, strict=True)]
+        kept_rows = features.new_zeros(len(counts), max(sizes), features.shape[2])
         kept: list[Tensor] = [torch.empty(0)] * len(counts)
-        for count in dict.fromkeys(counts):
-            members = [crop for crop, one in enumerate(counts) if one == count]
-            if count is None:
-                for crop in members:
-                    kept[crop] = to_device(np.flatnonzero(real[crop]), features.device)
-                    rows[crop, : sizes[crop]] = features[crop, kept[crop]]
-                continue
-            block = features if len(members) == len(counts) else features[members]
-            mask = None if real[members].all() else to_device(real[members], features.device)
-            result = self._select(block, count) if mask is None else self._select(block, count, mask=mask)
-            rows[members, :count] = result.tokens
+        for rows, places in _equal_crops(real, sizes, features.device):
+            members = rows.flatten().tolist()
+            count = sizes[members[0]]
+            block = features[rows, places]
+            if count < places.shape[1]:
+                result = self._select(block, count)
+                block, places = result.tokens, places.gather(1, result.indices)
+            kept_rows[members, :count] = block
             for position, crop in enumerate(members):
-                kept[crop] = result.indices[position]
-        return rows, kept
+                kept[crop] = places[position]
+        return kept_rows, kept
+
+
+def _equal_crops(real: np.ndarray, counts: Sequence[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Crops with equally many real rows and the same count, as one batch: crop numbers (G, 1) and real rows (G, n).
+
+    Padding is left out of the batch rather than masked, so that no method can choose it or be influenced by it.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for crop, count in enumerate(counts):
+        groups.setdefault((int(real[crop].sum()), count), []).append(crop)
+    for (size, _), members in groups.items():
+        if size:
+            places = np.stack([np.flatnonzero(real[crop]) for crop in members])
+            yield torch.tensor(members).view(-1, 1), to_device(places, device)
 
 
 def _lengths(kept: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -157,7 +157,7 @@ class LlavaAnswerer:
         return self.model.generation_config.pad_token_id
 
     def _images(self, prepared: Sequence[PreparedQuestion]) -> tuple[Any, list[tuple[int, int]] | None]:
-        """Pixels on the device, one entry per row: a row without an image gets a blank one, of which no token is used."""
+        """Pixels on the device, one entry per row; a row without an image gets a blank one that it never shows."""
         known = [one.pixels for one in prepared if one.pixels is not None]
         if not known:
             return None, None

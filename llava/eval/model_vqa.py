@@ -10,9 +10,7 @@ __all__ = ["get_chunk", "parser", "split_list"]
 
 def parser():
     """The program's flags."""
-    return question_parser(
-        "llava.eval.model_vqa", __doc__.partition(":")[0], "tables/question.jsonl", "llava_v1", 1024
-    )
+    return question_parser("llava.eval.model_vqa", __doc__.partition(":")[0], "tables/question.jsonl", "llava_v1", 1024)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,9 @@ def load_model(args: argparse.Namespace) -> tuple:
         **options,
     )
     if image_processor is None:
-        raise ValueError(f"{args.model_path} is a language model without vision; --model-path must name a LLaVA checkpoint")
+        raise ValueError(
+            f"{args.model_path} is a language model without vision; --model-path must name a LLaVA checkpoint"
+        )
     return tokenizer, model, image_processor
 
 

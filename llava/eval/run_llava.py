@@ -1,4 +1,7 @@
-"""Ask one question about one or several images: ``python -m llava.eval.run_llava``. `eval_model` is called by others."""
+"""Ask one question about one or several images: ``python -m llava.eval.run_llava``.
+
+Other tools call `eval_model`.
+"""
 
 import argparse
 import sys

@@ -53,7 +53,11 @@ def data(tmp_path) -> Path:
     with open(tmp_path / "questions.jsonl", "w") as file:
         for index in range(10):
             Image.new("RGB", (index + 1, 5)).save(tmp_path / "images" / f"{index}.png")
-            row = {"question_id": index, "image": f"{index}.png", "text": f"Picture {index}?" + " long" * (index * 7 % 5)}
+            row = {
+                "question_id": index,
+                "image": f"{index}.png",
+                "text": f"Picture {index}?" + " long" * (index * 7 % 5),
+            }
             file.write(json.dumps(row) + "\n")
     return tmp_path
 
@@ -84,7 +88,9 @@ def test_the_answer_line_is_the_published_one(data):
     assert json.loads(line)["metadata"] == {} and line.endswith("\n")
 
 
-@pytest.mark.parametrize("changes", [{"batch_size": 3}, {"batch_size": 64}, {"num_workers": 2, "batch_size": 4}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"batch_size": 3}, {"batch_size": 64}, {"num_workers": 2, "batch_size": 4}], ids=str
+)
 def test_answers_do_not_depend_on_batches_and_workers(data, changes):
     expected = answer(data)
     assert [row["question_id"] for row in expected] == list(range(10))
@@ -111,7 +117,8 @@ def test_chunks_are_balanced(items, chunks):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"num_chunks": 2, "chunk_idx": 2}, {"chunk_idx": -1}, {"batch_size": 0}, {"limit": 0}, {"num_workers": -1}]
+    "changes",
+    [{"num_chunks": 2, "chunk_idx": 2}, {"chunk_idx": -1}, {"batch_size": 0}, {"limit": 0}, {"num_workers": -1}],
 )
 def test_options_out_of_range_are_named(data, changes):
     with pytest.raises(ValueError, match="--"):

@@ -72,10 +72,20 @@ def test_golden_answers_through_the_command_line(questions, picture, setting, fl
 
     expected = LlamaTokenizer.from_pretrained(MODEL).decode(golden["tokens"], skip_special_tokens=True).strip()
     assert rows(path) == [
-        {"question_id": 1, "prompt": str(golden["question"]), "text": expected, "model_id": "llava-v1.5-tiny", "metadata": {}}
+        {
+            "question_id": 1,
+            "prompt": str(golden["question"]),
+            "text": expected,
+            "model_id": "llava-v1.5-tiny",
+            "metadata": {},
+        }
     ]
     record = json.loads(path.with_suffix(".run.json").read_text())
-    budgets = {"none": 576, "v96_b10_l16_t32": (96 * 16 + 32 * 4) / 20, "v192_b12_l8-16_t96-40": (192 * 8 + 96 * 8 + 160) / 20}
+    budgets = {
+        "none": 576,
+        "v96_b10_l16_t32": (96 * 16 + 32 * 4) / 20,
+        "v192_b12_l8-16_t96-40": (192 * 8 + 96 * 8 + 160) / 20,
+    }
     assert record["layer_averaged_tokens"] == pytest.approx(budgets[setting])
 
 
@@ -126,7 +136,10 @@ class TestBadInput:
             (["--model-path", "missing/folder/llava"], ["missing/folder/llava", "--model-path"]),
             (["--layer_list", "[20]", "--image_token_list", "[32]"], ["layers 1..19"]),
             (["--layer_list", "[4, 8]", "--image_token_list", "[32]"], ["2 layers", "1 entries"]),
-            (["--visual_token_num", "32", "--layer_list", "[4]", "--image_token_list", "[96]"], ["must not grow", "96", "32"]),
+            (
+                ["--visual_token_num", "32", "--layer_list", "[4]", "--image_token_list", "[96]"],
+                ["must not grow", "96", "32"],
+            ),
             (["--visual_token_num", "0"], ["visual_token_num=0", "at least 1"]),
             (["--layer_list", "[4]", "--image_token_list", "[0]"], ["image_token_list", "at least 1"]),
             (["--layer_list", "16"], ["--layer_list", "'[16]'"]),
@@ -202,7 +215,17 @@ def test_flags_take_both_spellings(spelling):
 class TestRunLlava:
     def ask(self, *flags: str, image: str = "image_a.png", query: str = QUESTION) -> str:
         arguments = ["--model-path", MODEL, "--image-file", str(TINY / "images" / image), "--query", query]
-        arguments += ["--temperature", "0", "--max_new_tokens", "12", "--device", "cpu", "--conv-mode", "vicuna_v1", *flags]
+        arguments += [
+            "--temperature",
+            "0",
+            "--max_new_tokens",
+            "12",
+            "--device",
+            "cpu",
+            "--conv-mode",
+            "vicuna_v1",
+            *flags,
+        ]
         return run_llava.eval_model(run_llava.parser().parse_args(arguments))
 
     def test_answers_like_the_loader(self, questions, capsys):
@@ -259,9 +282,29 @@ def test_mmbench_and_science_programs(tmp_path):
     picture = base64.b64encode((TINY / "images" / "image_a.png").read_bytes()).decode()
     table = tmp_path / "mm.tsv"
     table.write_text(f"index\tquestion\thint\tA\tB\tC\tD\timage\n5\tWhich?\t\tx\ty\t\t\t{picture}\n")
-    common = ["--model-path", MODEL, "--device", "cpu", "--temperature", "0", "--max_new_tokens", "3", "--num_workers", "0"]
+    common = [
+        "--model-path",
+        MODEL,
+        "--device",
+        "cpu",
+        "--temperature",
+        "0",
+        "--max_new_tokens",
+        "3",
+        "--num_workers",
+        "0",
+    ]
     answers = str(tmp_path / "mm.jsonl")
-    flags = ["--question-file", str(table), "--answers-file", answers, "--all-rounds", "--single-pred-prompt", "--lang", "cn"]
+    flags = [
+        "--question-file",
+        str(table),
+        "--answers-file",
+        answers,
+        "--all-rounds",
+        "--single-pred-prompt",
+        "--lang",
+        "cn",
+    ]
     assert main(model_vqa_mmbench.parser(), [*common, *flags, *COMPRESSED], model_vqa_mmbench.read) == 0
     lines = rows(Path(answers))
     assert [line["round_id"] for line in lines] == [0, 1] and lines[1]["option_char"] == ["B", "A"]
