@@ -40,6 +40,7 @@ class FamilyPreset:
 
 FAMILY_PRESETS: Mapping[str, FamilyPreset] = {
     "llava": FamilyPreset(),
+    "llava_next": FamilyPreset(),
 }
 
 
@@ -82,8 +83,12 @@ class ApetConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("visual_token_num", "layer_list", "image_token_list", "image_token_ratio_list"):
-            object.__setattr__(self, name, _frozen(getattr(self, name)))
+        object.__setattr__(self, "visual_token_num", _frozen(self.visual_token_num))
+        for name in ("layer_list", "image_token_list", "image_token_ratio_list"):
+            values = getattr(self, name)
+            if values is not None and not isinstance(values, (list, tuple)):
+                raise ValueError(f"{name}={values!r} must be a list with one entry per stage")
+            object.__setattr__(self, name, _frozen(values or ()))
         _check_counts("visual_token_num", self.visual_token_num)
         _check_ratio("image_token_ratio", self.image_token_ratio)
         self._check_layers()
@@ -162,20 +167,26 @@ class ApetConfig:
             raise ValueError(f"compat={self.compat!r} is unknown; choose published, or leave it out")
 
     def _check_decreasing(self) -> None:
-        counts = [(budget, name) for budget, name in zip(self.stage_budgets, self._stage_names(), strict=True)]
-        previous, previous_name = None, ""
-        for budget, name in counts:
-            if not _is_int(budget):
-                continue
-            if previous is not None and budget > previous:
-                raise ValueError(
-                    f"budgets must not grow from stage to stage: {name} keeps {budget} tokens but {previous_name} "
-                    f"leaves only {previous}"
-                )
-            previous, previous_name = budget, name
+        stages = zip(self.layer_list, self.image_token_list, strict=False)
+        check_not_growing([(f"the stage after layer {layer}", count) for layer, count in stages])
 
-    def _stage_names(self) -> list[str]:
-        return ["visual_token_num", *(f"the stage after layer {layer}" for layer in self.layer_list)]
+
+def check_not_growing(budgets: Sequence[tuple[str, Any]]) -> None:
+    """Check (name, budget) pairs in the order of the stages; budgets that are no counts are passed over.
+
+    Raises:
+        ValueError: A stage that would keep more tokens than the one before leaves.
+    """
+    previous: tuple[str, int] | None = None
+    for name, budget in budgets:
+        if not _is_int(budget):
+            continue
+        if previous is not None and budget > previous[1]:
+            raise ValueError(
+                f"budgets must not grow from stage to stage: {name} keeps {budget} tokens but {previous[0]} leaves only "
+                f"{previous[1]}"
+            )
+        previous = (name, budget)
 
 
 def parse_list(text: str | Sequence | None, name: str) -> tuple:
@@ -192,7 +203,7 @@ def parse_list(text: str | Sequence | None, name: str) -> tuple:
     if isinstance(text, str):
         try:
             value = ast.literal_eval(text.strip() or "[]")
-        except (ValueError, SyntaxError) as error:
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
             raise ValueError(f"{name}={text!r} is not a list; write it like '[16]' or '[8, 16]'") from error
     if value is None:
         return ()

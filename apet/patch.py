@@ -8,7 +8,7 @@ from torch import nn
 from apet.adapters import Adapter, adapter_for
 from apet.adapters.decoder import DecoderPatch, Stage, StageRun
 from apet.adapters.vision import ImageLayout, VisionStage
-from apet.config import ApetConfig
+from apet.config import ApetConfig, check_not_growing
 from apet.methods import selector
 from apet.result import CompressionResult, StageResult
 
@@ -28,7 +28,9 @@ class _Patch:
         # With a static cache on a GPU generate() compiles the decoding step; the hooks' state is not traceable.
         self._disable_compile = getattr(self._generation, "disable_compile", False)
         self._generation.disable_compile = True
-        self._handles = self.decoder.attach() + (self.vision.attach() if self.vision is not None else [])
+        self._handles = self.decoder.attach()
+        if self.vision is not None:
+            self._handles += self.vision.attach() + adapter.attach_encoder(self.vision)
 
     def detach(self) -> None:
         """Remove the hooks and restore the generation config."""
@@ -52,7 +54,8 @@ def apply_patch(model: nn.Module, config: ApetConfig) -> nn.Module:
 
     Raises:
         TypeError: The model's family is unknown, or `config` is not an ApetConfig.
-        ValueError: A layer the model does not have, an unknown method, or a text model with sliding-window attention.
+        ValueError: A layer the model does not have, budgets that grow, an unknown method, or a text model with
+            sliding-window attention.
     """
     if not isinstance(config, ApetConfig):
         raise TypeError(f"config must be an apet.ApetConfig, got {type(config).__name__}")
@@ -145,6 +148,10 @@ def _build_stages(adapter: Adapter, config: ApetConfig) -> tuple[VisionStage | N
                 f"layer_list={list(config.layer_list)} asks for a stage after layer {layer}, but the model has "
                 f"{num_layers} layers; choose layers 1..{num_layers - 1}"
             )
+    if adapter.single_crop:
+        # With several crops the vision budget is a crop's and the others are the image's.
+        names = ["visual_token_num", *(f"the stage after layer {layer}" for layer in config.layer_list)]
+        check_not_growing(list(zip(names, config.stage_budgets, strict=True)))
     if config.layer_list:
         _refuse_sliding_window(adapter)
     vision, stages = None, []

@@ -4,11 +4,19 @@ An adapter is data and a few look-ups; it never sees a compression method: base 
 where features can be compressed before the projector.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 from torch import nn
 
+from apet.adapters.vision import VisionStage
 from apet.config import FAMILY_PRESETS, FamilyPreset
+
+
+class Removable(Protocol):
+    """Anything that can be taken off a model again: hook handles, wrapped methods."""
+
+    def remove(self) -> None:
+        """Undo it."""
 
 
 class Adapter:
@@ -54,6 +62,15 @@ class Adapter:
     def projector(self) -> nn.Module | None:
         """Module whose input rows the vision stage compresses, or None to compress the embeddings it produced."""
         return None
+
+    @property
+    def single_crop(self) -> bool:
+        """Whether every image is encoded as one crop, so that all budgets count the same tokens."""
+        return True
+
+    def attach_encoder(self, vision: VisionStage) -> list[Removable]:
+        """What the family needs around its image encoder so that the vision stage knows how crops are arranged."""
+        return []
 
 
 _ADAPTERS: dict[str, type[Adapter]] = {}

@@ -16,3 +16,8 @@ class Llava(Adapter):
     def projector(self) -> nn.Module:
         """The two-layer projector: rows are mapped one by one, so only kept rows need to pass through it."""
         return self.base_model.multi_modal_projector
+
+    @property
+    def single_crop(self) -> bool:
+        """Original 1.6 checkpoints are loaded into this class too; their images are several crops."""
+        return getattr(self.model.config, "image_aspect_ratio", None) != "anyres"

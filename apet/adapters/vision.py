@@ -160,6 +160,11 @@ class VisionStage:
         features = args[0]
         crops, length = features.shape[:2]
         layouts = getattr(self._local, "layouts", None) or [single_crop(length)] * crops
+        if sum(layout.crops for layout in layouts) != crops:
+            raise ValueError(
+                f"{crops} crops were encoded, but the image sizes stand for {[layout.crops for layout in layouts]}; "
+                "image_sizes and pixel values do not belong together"
+            )
         shown = np.concatenate([layout.shown for layout in layouts])
         counts = self._counts(features, layouts, shown)
         self._local.rows = None
