@@ -42,7 +42,7 @@ LAYERS = (
     Layer("apet.vis", ("apet.config", "apet.core", "apet.result"), ("torch", "PIL", "numpy")),
     Layer("apet.bench", ("apet",), ("torch", "transformers", "numpy", "tqdm")),
     Layer("apet.compare", ("apet",), ("torch", "transformers", "numpy", "tqdm")),
-    Layer("apet.report", ("apet.eval",)),
+    Layer("apet.report", ("apet.eval",), ("matplotlib",)),
     Layer("apet.eval", (*LIBRARY, "apet.eval"), ("torch", "transformers", "PIL", "numpy", "tqdm", "shortuuid")),
     Layer("apet.eval.metrics"),
     Layer("apet.eval.benchmarks", ("apet.eval.benchmarks", "apet.eval.metrics"), ("numpy", "pandas", "openpyxl")),
