@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -83,9 +84,7 @@ def load_model(args: argparse.Namespace) -> tuple:
     Raises:
         ValueError: The checkpoint is not a vision-language model.
     """
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _default_device() if args.device == "auto" else args.device
     options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     if _DTYPES[args.dtype] is not None:
         options["dtype"] = _DTYPES[args.dtype]
@@ -120,6 +119,13 @@ def _answer(args: argparse.Namespace, read: Callable[..., list[Question]] | None
     merge_ranks(options, wanted.answers_file)
     _print_summary(record, wanted.answers_file)
     return 0
+
+
+def _default_device() -> str:
+    """The GPU of this rank, all GPUs for a single process, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
 
 
 def _print_summary(record: RunRecord, answers_file: str) -> None:

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +101,7 @@ def test_answers_do_not_depend_on_batches(questions, flags):
     assert rows(questions.with_name("many.jsonl")) == expected
 
 
-def test_chunks_ranks_and_resume_give_the_same_answers(questions, monkeypatch):
+def test_chunks_and_resume_give_the_same_answers(questions):
     assert loader(questions, "one.jsonl", *COMPRESSED)[0] == 0
     expected = rows(questions.with_name("one.jsonl"))
     joined = []
@@ -110,6 +113,34 @@ def test_chunks_ranks_and_resume_give_the_same_answers(questions, monkeypatch):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     assert loader(questions, "one.jsonl", *COMPRESSED, "--resume", "--batch_size", "2")[0] == 0
     assert rows(path) == expected
+
+
+def test_ranks_of_a_launcher_are_the_chunks(questions):
+    assert loader(questions, "one.jsonl", *COMPRESSED)[0] == 0
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "llava.eval.model_vqa_loader",
+    ]
+    command += ["--model-path", MODEL, "--image-folder", str(TINY / "images"), "--question-file", str(questions)]
+    command += [
+        "--answers-file",
+        str(questions.with_name("ranks.jsonl")),
+        "--conv-mode",
+        "vicuna_v1",
+        "--temperature",
+        "0",
+    ]
+    command += ["--max_new_tokens", "12", "--num_workers", "0", "--device", "cpu", *COMPRESSED]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(GOLDEN.parents[1])}
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
+    assert rows(questions.with_name("ranks.jsonl")) == rows(questions.with_name("one.jsonl"))
+    record = json.loads(questions.with_name("ranks.run.json").read_text())
+    assert record["questions"] == record["counts"]["answers"] == 6
 
 
 def test_an_empty_chunk_writes_an_empty_file(questions):
