@@ -6,6 +6,7 @@ from tiny import IMAGE_ID, randomise
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 import apet
+import apet.adapters
 from apet import ApetConfig
 
 SIDE, PER_SIDE = 70, 5
