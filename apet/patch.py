@@ -156,16 +156,18 @@ def _build_stages(adapter: Adapter, config: ApetConfig) -> tuple[VisionStage | N
         _refuse_sliding_window(adapter)
     vision, stages = None, []
     published = config.compat == "published"
-    vision_select = selector(config, "vision", adapter.preset.vision)
+    vision_select = None
+    if vision_budget is not None:
+        vision_select = selector(config, "vision", adapter.preset.vision, num_layers=num_layers, available=())
     if adapter.projector is not None:
         per_image = config.budget_per == "image"
         vision = VisionStage(adapter.projector, vision_budget, vision_select, per_image, published)
     if vision_budget is not None:
         stages.append(Stage("vision", 0, vision_budget, None if vision is not None else vision_select))
-    llm_select = selector(config, "llm", adapter.preset.llm) if config.layer_list else None
     window = vision_budget if published else None
     for layer, budget in zip(config.layer_list, layer_budgets, strict=True):
-        stages.append(Stage(f"layer {layer}", layer, budget, llm_select, window))
+        select = selector(config, "llm", adapter.preset.llm, layer=layer, num_layers=num_layers, available=())
+        stages.append(Stage(f"layer {layer}", layer, budget, select, window))
         window = budget if published else None
     return vision, stages
 
