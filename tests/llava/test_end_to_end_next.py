@@ -27,7 +27,8 @@ def loaded():
 def config_of(golden, **changes) -> ApetConfig:
     """The golden run's settings, FPS from the first token."""
     fields = {"fps_start": 0, "visual_token_num": int(golden["visual_token_num"])}
-    fields["layer_list"], fields["image_token_list"] = golden["layer_list"].tolist(), golden["image_token_list"].tolist()
+    for name in ("layer_list", "image_token_list"):
+        fields[name] = golden[name].tolist()
     return ApetConfig(**fields | changes)
 
 

@@ -61,8 +61,8 @@ def fails(capsys, status: int, *words: str) -> None:
     ("none", []),
     ("v96_b10_l16_t32", COMPRESSED),
     ("v192_b12_l8-16_t96-40", [
-        "--visual-token-num", "192", "--layer-list", "[8, 16]", "--image-token-list", "[96, 40]", "--basis-token-num", "12",
-        "--fps-start", "0",
+        "--visual-token-num", "192", "--layer-list", "[8, 16]", "--image-token-list", "[96, 40]",
+        "--basis-token-num", "12", "--fps-start", "0",
     ]),
 ])  # fmt: skip
 def test_golden_answers_through_the_command_line(questions, picture, setting, flags):
