@@ -24,7 +24,9 @@ _DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": 
 def add_model_flags(parser: Parser) -> None:
     """Which checkpoint, where, and in what precision."""
     parser.add_argument("--model-path", type=str, default="facebook/opt-350m", help="checkpoint folder or hub id")
-    parser.add_argument("--model-base", type=str, default=None, help="base model of a projector-only checkpoint")
+    parser.add_argument(
+        "--model-base", type=str, default=None, help="base model of a projector-only or LoRA checkpoint"
+    )
     parser.add_argument("--vision-tower", type=str, default=None, help="CLIP folder, instead of the one in config.json")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="auto", help="auto: fp16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, MistralConfig
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaNextConfig, MistralConfig
 from transformers.utils import cached_file
 
 from llava.model.multimodal_encoder.builder import resolve_vision_tower
@@ -161,9 +161,10 @@ def _tokenizer_class(name: str | None) -> Any:
 
 
 def _open_hugging_face(path: str, fields: dict[str, Any]) -> Checkpoint:
-    if fields.get("model_type") != "llava":
-        raise ValueError(f"{path} has model_type {fields.get('model_type')!r}; supported: llava")
-    config = LlavaConfig.from_pretrained(path)
+    kind = fields.get("model_type")
+    if kind not in ("llava", "llava_next"):
+        raise ValueError(f"{path} has model_type {kind!r}; supported: llava, llava_next")
+    config = LlavaConfig.from_pretrained(path) if kind == "llava" else _from_llava_next(path)
     layer = config.vision_feature_layer
     if not isinstance(layer, int):
         raise ValueError(f"{path} joins vision layers (vision_feature_layer={layer}); only a single one is supported")
@@ -182,6 +183,25 @@ def _open_hugging_face(path: str, fields: dict[str, Any]) -> Checkpoint:
         if not hasattr(config, name):
             setattr(config, name, value)
     return Checkpoint(path, config, key_mapping(fields), None)
+
+
+def _from_llava_next(path: str) -> LlavaConfig:
+    """The config of a Hugging Face LLaVA-NeXT checkpoint with the fields the original has for anyres images.
+
+    The list of pinpoints is the original's: (width, height), although transformers reads it as (height, width).
+    """
+    source = LlavaNextConfig.from_pretrained(path)
+    config = LlavaConfig(
+        vision_config=source.vision_config,
+        text_config=source.text_config,
+        image_token_index=source.image_token_id,
+        vision_feature_layer=source.vision_feature_layer,
+        vision_feature_select_strategy=source.vision_feature_select_strategy,
+        tie_word_embeddings=source.tie_word_embeddings,
+    )
+    config.image_grid_pinpoints = source.image_grid_pinpoints
+    config.image_aspect_ratio, config.mm_patch_merge_type = "anyres", "spatial_unpad"
+    return config
 
 
 def _original_config(fields: dict[str, Any], vision: CLIPVisionConfig) -> LlavaConfig:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 import apet
 from apet import ApetConfig
@@ -76,3 +77,26 @@ def test_a_budget_per_image(loaded):
     config = config_of(golden, visual_token_num=300, budget_per="image")
     _, result = generate(loaded, golden, config, "llava16_wide")
     assert 300 < result.stages[0].tokens_out[0][0] <= 300 + 48
+
+
+def test_the_hugging_face_layout_answers_alike(loaded, tmp_path):
+    tokenizer, model, processor = loaded
+    config = model.config
+    other = LlavaNextForConditionalGeneration(
+        LlavaNextConfig(
+            vision_config=config.vision_config,
+            text_config=config.text_config,
+            image_token_id=config.text_config.vocab_size,
+            image_grid_pinpoints=config.image_grid_pinpoints,
+        )
+    )
+    other.load_state_dict(model.state_dict())
+    for part in (other, tokenizer, processor):
+        part.save_pretrained(tmp_path)
+    again = load_pretrained_model(str(tmp_path), None, "llava-next-hf", device="cpu")[:3]
+    golden = np.load(GOLDEN / "goldens" / "llava16_tall_v96_b10_l4_t40.npz")
+    settings = config_of(golden)
+    expected, _ = generate(loaded, golden, settings, "llava16_tall")
+    answered, _ = generate(again, golden, settings, "llava16_tall")
+    assert torch.equal(expected.sequences, answered.sequences)
+    assert all(map(torch.equal, expected.logits, answered.logits))

@@ -115,6 +115,17 @@ def test_chunks_and_resume_give_the_same_answers(questions):
     assert rows(path) == expected
 
 
+CHUNKINGS = json.loads((GOLDEN / "llava" / "chunking.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("case", [case for case in CHUNKINGS if case["n_items"]], ids=str)
+def test_no_chunk_of_the_published_cases_is_missing(case):
+    items, chunks = list(range(case["n_items"])), case["num_chunks"]
+    parts = [model_vqa_loader.get_chunk(items, chunks, index) for index in range(chunks)]
+    assert [item for part in parts for item in part] == items
+    assert max(map(len, parts)) == (-(-case["n_items"] // chunks)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
 def test_ranks_of_a_launcher_are_the_chunks(questions):
     assert loader(questions, "one.jsonl", *COMPRESSED)[0] == 0
     command = [
