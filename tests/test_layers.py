@@ -25,7 +25,7 @@ class Layer:
 
 ALGORITHM = ("apet.config", "apet.core", "apet.kernels", "apet.compressor")
 MODEL_SIDE = (*ALGORITHM, "apet.methods", "apet.adapters", "apet.result")
-LIBRARY = (*MODEL_SIDE, "apet.patch", "apet.cost", "apet.vis")
+LIBRARY = (*MODEL_SIDE, "apet.patch", "apet.cost")
 PUBLIC = ("apet", "torch", "transformers")
 
 LAYERS = (
@@ -39,9 +39,9 @@ LAYERS = (
     Layer("apet.adapters", ("apet.config", "apet.core", "apet.adapters"), ("torch", "transformers", "numpy")),
     Layer("apet.patch", MODEL_SIDE, ("torch", "transformers")),
     Layer("apet.cost", (*MODEL_SIDE, "apet.patch"), ("torch",)),
-    Layer("apet.vis", ("apet.config", "apet.core", "apet.result"), ("torch", "PIL", "numpy")),
+    Layer("apet.vis", ("apet",), ("torch", "PIL", "numpy")),
     Layer("apet.bench", ("apet",), ("torch", "transformers", "numpy", "tqdm")),
-    Layer("apet.compare", ("apet",), ("torch", "transformers", "numpy", "tqdm")),
+    Layer("apet.compare", ("apet",), ("torch", "transformers", "numpy", "tqdm", "matplotlib")),
     Layer("apet.report", ("apet.eval",), ("matplotlib",)),
     Layer("apet.eval", (*LIBRARY, "apet.eval"), ("torch", "transformers", "PIL", "numpy", "tqdm", "shortuuid")),
     Layer("apet.eval.metrics"),
