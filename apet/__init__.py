@@ -4,7 +4,15 @@ from apet.adapters.vision import ImageLayout
 from apet.compressor import compress
 from apet.config import ApetConfig
 from apet.core.types import CompressedTokens
-from apet.patch import active_config, apply_patch, expecting_images, last_result, patched, remove_patch
+from apet.patch import (
+    active_config,
+    apply_patch,
+    expecting_images,
+    last_result,
+    patched,
+    preset_config,
+    remove_patch,
+)
 from apet.result import CompressionResult, StageResult
 
 __version__ = "0.1.0"
@@ -21,5 +29,6 @@ __all__ = [
     "expecting_images",
     "last_result",
     "patched",
+    "preset_config",
     "remove_patch",
 ]

@@ -1,0 +1,160 @@
+"""Tiny models and prompts of the families that are compressed behind their projector.
+
+A prompt is a list of parts: a number is so many text tokens, ("image", ...) and ("video", ...) are pictures whose size
+each family reads in its own way. Pixels and text depend on the part only, so a prompt is the same alone and in a batch.
+"""
+
+import zlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from tiny import randomise
+
+IMAGE, VIDEO, START, END, VOCAB = 90, 91, 92, 93, 96
+TEXT = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 2048, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": None,
+}  # fmt: skip
+PLACEHOLDERS = {"image": IMAGE, "video": VIDEO}
+
+
+@dataclass
+class Sample:
+    """One prompt: ids, kinds (0 text, 1 image, 2 video), and per kind the model's inputs of every picture."""
+
+    ids: list[int]
+    kinds: list[int]
+    pictures: dict[str, list[dict[str, torch.Tensor]]] = field(default_factory=dict)
+
+
+def noise(*shape: int, seed: Any = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(repr(seed).encode()))
+    return torch.randn(*shape, generator=generator)
+
+
+class Family:
+    """A family's tiny model, its prompts, and what an independent implementation must know about it."""
+
+    prompts: list[list]
+    mrope: str | None = None  # "split" or "interleaved"
+    position_mode = "compact"
+    vision_preset: dict[str, Any] = {}
+    frame_preset: dict[str, Any] = {}
+    llm_preset: dict[str, Any] = {"slots": "error"}
+    per_frame = False
+    has_video = True
+
+    def build(self, attention: str):
+        model = randomise(self.make(attention)).eval()
+        model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+        return model
+
+    def make(self, attention: str):
+        raise NotImplementedError
+
+    def runs(self, part: tuple) -> list[int]:
+        """Lengths of the placeholder runs of a picture."""
+        raise NotImplementedError
+
+    def pixels(self, part: tuple) -> dict[str, torch.Tensor]:
+        """The model's inputs of a picture."""
+        raise NotImplementedError
+
+    def roles(self, part: tuple) -> list[tuple[int, bool]]:
+        """Per token of a picture its frame or line, and whether it follows others: a class or newline token."""
+        return [(0, False)] * sum(self.runs(part))
+
+    def sample(self, parts: list) -> Sample:
+        ids, kinds, pictures = [1], [0], {"image": [], "video": []}
+        for part in parts:
+            if isinstance(part, int):
+                ids += (noise(part, seed=parts).abs() * 40 % 80).long().add(3).tolist()
+                kinds += [0] * part
+                continue
+            pictures[part[0]].append(self.pixels(part))
+            for length in self.runs(part):
+                ids += [START, *[PLACEHOLDERS[part[0]]] * length, END]
+                kinds += [0, *[1 + (part[0] == "video")] * length, 0]
+        return Sample(ids, kinds, pictures)
+
+    def inputs(self, prompts: list[list]) -> dict[str, torch.Tensor]:
+        """A left-padded batch."""
+        samples = [self.sample(parts) for parts in prompts]
+        width = max(len(one.ids) for one in samples)
+        inputs = {
+            "input_ids": torch.tensor([[0] * (width - len(one.ids)) + one.ids for one in samples]),
+            "attention_mask": torch.tensor([[0] * (width - len(one.ids)) + [1] * len(one.ids) for one in samples]),
+        }
+        if self.mrope:
+            inputs["mm_token_type_ids"] = torch.tensor(
+                [[0] * (width - len(one.ids)) + one.kinds for one in samples], dtype=torch.int32
+            )
+        for kind in PLACEHOLDERS:
+            pictures = [picture for one in samples for picture in one.pictures[kind]]
+            for name in pictures[0] if pictures else ():
+                inputs[name] = self.collate(name, [picture[name] for picture in pictures])
+        return inputs
+
+    def collate(self, name: str, values: list[torch.Tensor]) -> torch.Tensor:
+        return torch.cat(values)
+
+
+class Qwen2(Family):
+    """Parts ("image", h, w) and ("video", t, h, w) in merged patches."""
+
+    mrope, position_mode = "split", "keep"
+    vision_preset = frame_preset = {"insertion": "blend"}
+    llm_preset = {"slots": "error", "insertion": "blend", "ridge": 0.1}
+    prompts = [
+        [3, ("image", 4, 5), 6],
+        [2, ("image", 3, 4), 3, ("image", 2, 6), 4],
+        [9],
+        [2, ("video", 4, 2, 3), 5],
+        [1, ("image", 5, 3), 2, ("video", 2, 3, 4), 3],
+    ]
+    patch, rows = 14, 3 * 2 * 14 * 14
+    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": START, "vision_end_token_id": END}
+    text = TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
+
+    def make(self, attention):
+        vision = {
+            "depth": 2, "embed_dim": 32, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 64, "patch_size": 14,
+        }  # fmt: skip
+        config = transformers.Qwen2VLConfig(
+            vision_config=vision, text_config=self.text, attn_implementation=attention, **self.ids
+        )
+        return transformers.Qwen2VLForConditionalGeneration(config)
+
+    def runs(self, part):
+        return [torch.tensor(part[1:]).prod().item()]
+
+    def roles(self, part):
+        steps = part[1] if part[0] == "video" else 1
+        return [(step, False) for step in range(steps) for _ in range(sum(self.runs(part)) // steps)]
+
+    def pixels(self, part):
+        steps = part[1] if part[0] == "video" else 1
+        grid = torch.tensor([[steps, 2 * part[-2], 2 * part[-1]]])
+        values = noise(int(grid.prod()), self.rows, seed=part)
+        if part[0] == "video":
+            return {"pixel_values_videos": values, "video_grid_thw": grid}
+        return {"pixel_values": values, "image_grid_thw": grid}
+
+
+class Qwen25(Qwen2):
+    def make(self, attention):
+        vision = {
+            "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 14,
+            "tokens_per_second": 2, "window_size": 56, "fullatt_block_indexes": [1], "out_hidden_size": 64,
+        }  # fmt: skip
+        config = transformers.Qwen2_5_VLConfig(
+            vision_config=vision, text_config=self.text, attn_implementation=attention, **self.ids
+        )
+        return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+FAMILIES: dict[str, Family] = {"qwen2_vl": Qwen2(), "qwen2_5_vl": Qwen25()}
+SUPPRESSED = [IMAGE, VIDEO, START, END]
