@@ -174,13 +174,14 @@ def _build_stages(adapter: Adapter, config: ApetConfig) -> tuple[VisionStage | N
             )
         if layer < adapter.first_stage_layer:
             raise ValueError(
-                f"layer_list={list(config.layer_list)} asks for a stage after layer {layer}, but the first layers of the "
-                "model add features to every visual token; choose layers "
+                f"layer_list={list(config.layer_list)} asks for a stage after layer {layer}, but the first layers of "
+                "the model add features to every visual token; choose layers "
                 f"{adapter.first_stage_layer}..{num_layers - 1}"
             )
     _check_family(adapter, config)
-    if adapter.single_crop or config.budget_per == "prompt":
-        # With several crops the vision budget is a crop's and the others are the image's.
+    parted = not adapter.single_crop or (adapter.videos is not None and _per_frame(adapter, config))
+    if not parted or config.budget_per == "prompt":
+        # The vision budget of a crop or frame is not comparable with the others, which are the image's or clip's.
         names = ["visual_token_num", *(f"the stage after layer {layer}" for layer in config.layer_list)]
         check_not_growing(list(zip(names, config.stage_budgets, strict=True)))
     if config.layer_list:

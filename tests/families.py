@@ -4,6 +4,7 @@ A prompt is a list of parts: a number is so many text tokens, ("image", ...) and
 each family reads in its own way. Pixels and text depend on the part only, so a prompt is the same alone and in a batch.
 """
 
+import inspect
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,7 @@ class Family:
     frame_preset: dict[str, Any] = {}
     llm_preset: dict[str, Any] = {"slots": "error"}
     per_frame = False
+    wrapped = True
     has_video = True
 
     def build(self, attention: str):
@@ -76,8 +78,9 @@ class Family:
                 continue
             pictures[part[0]].append(self.pixels(part))
             for length in self.runs(part):
-                ids += [START, *[PLACEHOLDERS[part[0]]] * length, END]
-                kinds += [0, *[1 + (part[0] == "video")] * length, 0]
+                ends = ([START], [END]) if self.wrapped else ([], [])
+                ids += [*ends[0], *[PLACEHOLDERS[part[0]]] * length, *ends[1]]
+                kinds += [*[0] * len(ends[0]), *[1 + (part[0] == "video")] * length, *[0] * len(ends[1])]
         return Sample(ids, kinds, pictures)
 
     def inputs(self, prompts: list[list]) -> dict[str, torch.Tensor]:
@@ -156,5 +159,46 @@ class Qwen25(Qwen2):
         return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
-FAMILIES: dict[str, Family] = {"qwen2_vl": Qwen2(), "qwen2_5_vl": Qwen25()}
+class VideoLlava(Family):
+    """Parts ("image", number) and ("video", number): 16 patches a picture, 3 frames with a class token a video."""
+
+    frame_preset = {"insertion": "append"}
+    per_frame, wrapped, side, frames = True, False, 56, 3
+    prompts = [
+        [3, ("video", 0), 6],
+        [2, ("image", 0), 7],
+        [9],
+        [2, ("image", 1), ("video", 1), 5],
+        [1, ("image", 2), ("image", 3), 3],
+    ]
+
+    def make(self, attention):
+        vision = {
+            "model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+            "num_attention_heads": 2, "image_size": self.side, "patch_size": 14, "projection_dim": 32,
+        }  # fmt: skip
+        config = transformers.VideoLlavaConfig(
+            vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**TEXT),
+            image_token_index=IMAGE, video_token_index=VIDEO, attn_implementation=attention,
+        )  # fmt: skip
+        return transformers.VideoLlavaForConditionalGeneration(config)
+
+    def runs(self, part):
+        patches = (self.side // 14) ** 2
+        return [patches if part[0] == "image" else self.frames * (patches + 1)]
+
+    def roles(self, part):
+        if part[0] == "image":
+            return super().roles(part)
+        patches = (self.side // 14) ** 2
+        return [(frame, token == 0) for frame in range(self.frames) for token in range(patches + 1)]
+
+    def pixels(self, part):
+        if part[0] == "video":
+            return {"pixel_values_videos": noise(1, self.frames, 3, self.side, self.side, seed=part)}
+        newest = "pixel_values" in inspect.signature(transformers.VideoLlavaForConditionalGeneration.forward).parameters
+        return {"pixel_values" if newest else "pixel_values_images": noise(1, 3, self.side, self.side, seed=part)}
+
+
+FAMILIES: dict[str, Family] = {"qwen2_vl": Qwen2(), "qwen2_5_vl": Qwen25(), "video_llava": VideoLlava()}
 SUPPRESSED = [IMAGE, VIDEO, START, END]

@@ -70,7 +70,7 @@ class FamilyReference:
             if not (kinds == number).any():
                 continue
             names = {name: inputs[name] for name in sample.pictures[kind][0]}
-            output = getattr(base, f"get_{kind}_features")(**names, return_dict=True)
+            output = getattr(base, f"get_{kind}_features")(*names.values(), return_dict=True)
             features = output.pooler_output
             features = torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, 1)
             hidden[kinds == number] = features.double()

@@ -5,11 +5,12 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, SUPPRESSED
+from families import FAMILIES, SUPPRESSED, VideoLlava
 from family_reference import FamilyReference
 
 import apet
 from apet import ApetConfig
+from apet.config import StagePreset
 
 STEPS = 5
 VISION = {"image_token_ratio": 0.5, "basis_token_num": 2}
@@ -186,3 +187,85 @@ class TestBehaviour:
         assert config.layer_list in ((), (2,))
         with apet.patched(model, config):
             assert all(step.isfinite().all() for step in generate(model, family.inputs(family.prompts)).logits)
+
+
+def test_frames_of_video_llava_are_class_token_kept_tokens_and_basis():
+    """33 rows a frame, in the published order, with the published budgets."""
+    family = VideoLlava()
+    family.side, family.frames = 224, 2
+    model = family.build("sdpa")
+    inputs = family.inputs([[3, ("video", 0), 4]])
+    features = model.model.get_video_features(inputs["pixel_values_videos"], return_dict=True).pooler_output
+    expected = apet.compress(features[:, 1:], 22, basis=10, insertion="append").indices + 1
+    config = apet.preset_config(model)
+    assert (config.video_token_num, config.basis_token_num, config.visual_token_num) == (22, 10, None)
+    with apet.patched(model, config):
+        model(**inputs)
+        result = apet.last_result(model)
+    (kept,) = result.stages[0].kept[0]
+    assert result.tokens_in == ((514,),) and kept.shape == (66,)
+    for frame, rows in enumerate(kept.view(2, 33) - 257 * torch.arange(2)[:, None]):
+        assert rows[0] == 0 and torch.equal(rows[1:], expected[frame])
+
+
+def test_a_frame_never_grows():
+    """Where kept tokens and appended basis would be more than there were, the frame stays as it is."""
+    family, model = FAMILIES["video_llava"], model_of("video_llava")
+    inputs = family.inputs(family.prompts[:1])
+    untouched = generate(model, inputs)
+    with apet.patched(model, ApetConfig(video_token_num=12, basis_token_num=5)):
+        assert all(map(torch.equal, generate(model, inputs).logits, untouched.logits))
+
+
+def test_pooled_budgets_are_shared_and_reported_per_picture():
+    family, model = FAMILIES["qwen2_5_vl"], model_of("qwen2_5_vl")
+    with apet.patched(model, ApetConfig.from_dict(STAGES["both"] | {"budget_per": "prompt"})):
+        generate(model, family.inputs(family.prompts))
+        result = apet.last_result(model)
+    assert [sum(sample) for sample in result.stages[0].tokens_out] == [10, 12, 0, 12, 19]
+    assert [sum(sample) for sample in result.stages[1].tokens_out] == [6, 7, 0, 7, 11]
+    assert [len(sample) for sample in result.origin()] == [1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_qwen_presets_are_the_published_ones(name):
+    preset = apet.adapters.adapter_for(model_of(name)).preset
+    assert preset.llm == StagePreset(slots="error", insertion="blend", ridge=0.1)
+    assert preset.vision == preset.frame == StagePreset(slots="position", insertion="blend", ridge=1e-5)
+    config = apet.preset_config(model_of(name), basis_token_num=4)
+    assert (config.image_token_ratio, config.layer_list, config.image_token_ratio_list) == (0.3, (2,), (0.333,))
+    assert preset.position_mode == "keep" and config.basis_token_num == 4
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"budget_per": "prompt", "video_token_num": 4}, "pools videos"),
+            ({"budget_per": "prompt", "visual_token_num": [4, 4]}, "not a list"),
+            ({"video_budget_per": "second"}, "choose auto, frame, clip"),
+            ({"video_token_num": 0}, "at least 1 token"),
+        ],
+    )
+    def test_by_the_configuration(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            ApetConfig.from_dict(fields)
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"visual_token_num": 9, "budget_per": "prompt"}, "not possible for llava"),
+            ({"visual_token_num": 9, "video_token_num": 4}, "takes no videos"),
+            ({"visual_token_num": 9, "video_budget_per": "clip"}, "takes no videos"),
+        ],
+    )
+    def test_by_llava(self, llava_sdpa, fields, message):
+        with pytest.raises(ValueError, match=message):
+            apet.apply_patch(llava_sdpa, ApetConfig.from_dict(fields))
+        assert apet.active_config(llava_sdpa) is None
+
+    def test_published_accounting_of_crops(self):
+        model = model_of("qwen2_vl")
+        with pytest.raises(ValueError, match="anyres"):
+            apet.apply_patch(model, ApetConfig(visual_token_num=4, compat="published"))
+        assert apet.active_config(model) is None
