@@ -48,6 +48,7 @@ class Family:
     per_frame = False
     wrapped = True
     has_video = True
+    beams = (0, 2)
 
     def build(self, attention: str):
         model = randomise(self.make(attention)).eval()
@@ -65,9 +66,14 @@ class Family:
         """The model's inputs of a picture."""
         raise NotImplementedError
 
-    def roles(self, part: tuple) -> list[tuple[int, bool]]:
-        """Per token of a picture its frame or line, and whether it follows others: a class or newline token."""
-        return [(0, False)] * sum(self.runs(part))
+    def roles(self, part: tuple) -> list[tuple[int, int, bool]]:
+        """Per token of a picture its frame or tile, its line, and whether it follows the line (class, newline)."""
+        return [(0, 0, False)] * sum(self.runs(part))
+
+    def encode(self, model, inputs: dict, kind: str, names: list[str]):
+        """The host's features of all images or videos of a batch."""
+        method = getattr(model.model, f"get_{kind}_features")
+        return method(*[inputs[name] for name in names], return_dict=True)
 
     def sample(self, parts: list) -> Sample:
         ids, kinds, pictures = [1], [0], {"image": [], "video": []}
@@ -136,7 +142,7 @@ class Qwen2(Family):
 
     def roles(self, part):
         steps = part[1] if part[0] == "video" else 1
-        return [(step, False) for step in range(steps) for _ in range(sum(self.runs(part)) // steps)]
+        return [(step, 0, False) for step in range(steps) for _ in range(sum(self.runs(part)) // steps)]
 
     def pixels(self, part):
         steps = part[1] if part[0] == "video" else 1
@@ -191,7 +197,7 @@ class VideoLlava(Family):
         if part[0] == "image":
             return super().roles(part)
         patches = (self.side // 14) ** 2
-        return [(frame, token == 0) for frame in range(self.frames) for token in range(patches + 1)]
+        return [(frame, frame, token == 0) for frame in range(self.frames) for token in range(patches + 1)]
 
     def pixels(self, part):
         if part[0] == "video":
@@ -200,5 +206,139 @@ class VideoLlava(Family):
         return {"pixel_values" if newest else "pixel_values_images": noise(1, 3, self.side, self.side, seed=part)}
 
 
-FAMILIES: dict[str, Family] = {"qwen2_vl": Qwen2(), "qwen2_5_vl": Qwen25(), "video_llava": VideoLlava()}
+class LlavaOnevision(Family):
+    """Parts ("image", height, width) in pixels, ("image", number) for one of several, ("video", number).
+
+    A crop has 3x3 patches. Crops of large images are scaled down together to at most twice as many.
+    """
+
+    side, frames = 42, 3
+    grids = {(84, 84): (4, 4), (42, 84): (3, 6), (50, 84): (3, 5)}
+    prompts = [
+        [3, ("image", 42, 84), 6],
+        [2, ("image", 84, 84), 4],
+        [9],
+        [2, ("video", 0), 5],
+        [1, ("image", 0), 2, ("image", 1), 3],
+        [1, ("image", 50, 84), ("video", 1), 3],
+    ]
+
+    def make(self, attention):
+        vision = transformers.SiglipVisionConfig(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=self.side,
+            patch_size=14, vision_use_head=False,
+        )  # fmt: skip
+        config = transformers.LlavaOnevisionConfig(
+            vision_config=vision, text_config=transformers.Qwen2Config(**TEXT), image_token_index=IMAGE,
+            video_token_index=VIDEO, image_grid_pinpoints=[[42, 84], [84, 42], [84, 84]],
+            vision_aspect_ratio="anyres_max_2", attn_implementation=attention,
+        )  # fmt: skip
+        return transformers.LlavaOnevisionForConditionalGeneration(config)
+
+    def runs(self, part):
+        return [len(self.roles(part))]
+
+    def roles(self, part):
+        if part[0] == "video":
+            tokens = [(frame, 0, False) for frame in range(self.frames) for _ in range(4)]
+            return [*tokens, (self.frames - 1, 0, True)]
+        if len(part) == 2:
+            return [(0, 0, False)] * 9 + [(0, 0, True)]
+        height, width = self.grids[part[1:]]
+        overview = [(0, -1, False)] * 9
+        return overview + [(0, line, column == width) for line in range(height) for column in range(width + 1)]
+
+    def pixels(self, part):
+        if part[0] == "video":
+            return {"pixel_values_videos": noise(1, self.frames, 3, self.side, self.side, seed=part)}
+        return {
+            "pixel_values": noise(1, 5, 3, self.side, self.side, seed=part),
+            "image_sizes": torch.tensor([part[1:] if len(part) == 3 else (60, 60)]),
+        }
+
+    def inputs(self, prompts):
+        inputs = super().inputs(prompts)
+        if "pixel_values" in inputs:
+            counts = [sum(not isinstance(part, int) and part[0] == "image" for part in parts) for parts in prompts]
+            inputs["batch_num_images"] = torch.tensor(counts)
+        return inputs
+
+    def encode(self, model, inputs, kind, names):
+        if kind == "video":
+            output = super().encode(model, inputs, kind, names)
+            if output.pooler_output.shape[1] == 4 * self.frames:  # transformers 5.17 adds the newline later
+                newline = model.model.image_newline.expand(len(output.pooler_output), 1, -1)
+                output.pooler_output = torch.cat([output.pooler_output, newline], 1)
+            return output
+        return model.model.get_image_features(
+            inputs["pixel_values"], inputs["image_sizes"], batch_num_images=inputs["batch_num_images"], return_dict=True
+        )
+
+
+class InternVL(Family):
+    """Parts ("image", tiles, number): 9 tokens a tile."""
+
+    has_video, tiles, side = False, True, 84
+    beams = (1, 2)  # transformers 5.17 itself hands the tiles of an image to the wrong beams
+    prompts = [
+        [3, ("image", 2, 0), 6],
+        [2, ("image", 1, 1), 7],
+        [9],
+        [1, ("image", 3, 2), ("image", 1, 3), 3],
+    ]
+
+    def make(self, attention):
+        vision = {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "image_size": [self.side, self.side], "patch_size": [14, 14],
+        }  # fmt: skip
+        config = transformers.InternVLConfig(
+            vision_config=vision, text_config=transformers.Qwen2Config(**TEXT), image_token_id=IMAGE,
+            tie_word_embeddings=False, attn_implementation=attention,
+        )  # fmt: skip
+        return transformers.InternVLForConditionalGeneration(config)
+
+    def runs(self, part):
+        return [9 * part[1]]
+
+    def roles(self, part):
+        return [(tile, 0, False) for tile in range(part[1]) for _ in range(9)]
+
+    def pixels(self, part):
+        return {"pixel_values": noise(part[1], 3, self.side, self.side, seed=part)}
+
+
+class Qwen3(Qwen2):
+    """As Qwen2; the frames of a video stand apart, and the first two layers add features."""
+
+    mrope, patch, rows = "interleaved", 16, 3 * 2 * 16 * 16
+    text = TEXT | {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True,
+        },
+    }  # fmt: skip
+
+    def make(self, attention):
+        vision = {
+            "depth": 3, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+            "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1],
+        }  # fmt: skip
+        config = transformers.Qwen3VLConfig(
+            vision_config=vision, text_config=self.text, attn_implementation=attention, **self.ids
+        )
+        return transformers.Qwen3VLForConditionalGeneration(config)
+
+    def runs(self, part):
+        return [part[-2] * part[-1]] * (part[1] if part[0] == "video" else 1)
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": Qwen2(),
+    "qwen2_5_vl": Qwen25(),
+    "qwen3_vl": Qwen3(),
+    "video_llava": VideoLlava(),
+    "llava_onevision": LlavaOnevision(),
+    "internvl": InternVL(),
+}
 SUPPRESSED = [IMAGE, VIDEO, START, END]

@@ -19,20 +19,22 @@ from apet import ApetConfig
 class Tokens:
     """The prompt in the course of its compression; all with one entry per token.
 
-    `item` is -1 for text; `line` is the frame or line inside the item; `follows` marks class and newline tokens;
-    `deep` (levels, L, D) is added behind the first layers.
+    `item` is -1 for text; `part` is the frame or tile inside the item; `follows` marks class and newline tokens, which
+    stay with their `line`; `deep` (levels, L, D) is added behind the first layers.
     """
 
     hidden: Tensor
     positions: Tensor
     item: list[int]
     video: list[bool]
+    part: list[int]
     line: list[int]
     follows: list[bool]
     deep: Tensor
 
     def take(self, source: list[int], hidden: Tensor) -> "Tokens":
-        lists = [[values[column] for column in source] for values in (self.item, self.video, self.line, self.follows)]
+        kept = (self.item, self.video, self.part, self.line, self.follows)
+        lists = [[values[column] for column in source] for values in kept]
         return Tokens(hidden, self.positions[:, source], *lists, self.deep[:, source])
 
 
@@ -63,14 +65,13 @@ class FamilyReference:
 
     def prompt(self, parts: list, sample: Sample) -> Tokens:
         hidden = self.weights["model.language_model.embed_tokens.weight"][torch.tensor(sample.ids)].clone()
-        kinds, base = torch.tensor(sample.kinds), self.model.model
+        kinds = torch.tensor(sample.kinds)
         inputs = self.family.inputs([parts])
         deep = torch.zeros(0, *hidden.shape, dtype=torch.float64)
         for number, kind in enumerate(("image", "video"), 1):
             if not (kinds == number).any():
                 continue
-            names = {name: inputs[name] for name in sample.pictures[kind][0]}
-            output = getattr(base, f"get_{kind}_features")(*names.values(), return_dict=True)
+            output = self.family.encode(self.model, inputs, kind, list(sample.pictures[kind][0]))
             features = output.pooler_output
             features = torch.cat(list(features)) if not isinstance(features, Tensor) else features.flatten(0, 1)
             hidden[kinds == number] = features.double()
@@ -81,15 +82,16 @@ class FamilyReference:
                 values = torch.cat(list(values)) if not isinstance(values, Tensor) else values
                 deep[level, kinds == number] = values.double()
         length = len(sample.ids)
-        item, video, line, follows = [-1] * length, [False] * length, [0] * length, [False] * length
+        item, video, frame, line, follows = ([value] * length for value in (-1, False, 0, 0, False))
         cursors = {"image": 0, "video": 0}
         columns = {kind: [c for c in range(length) if kinds[c] == n] for n, kind in enumerate(("image", "video"), 1)}
         for index, part in enumerate(part for part in parts if not isinstance(part, int)):
             for role in self.family.roles(part):
                 column = columns[part[0]][cursors[part[0]]]
                 cursors[part[0]] += 1
-                item[column], video[column], line[column], follows[column] = index, part[0] == "video", *role
-        return Tokens(hidden, self.positions(sample, inputs, length), item, video, line, follows, deep)
+                item[column], video[column] = index, part[0] == "video"
+                frame[column], line[column], follows[column] = role
+        return Tokens(hidden, self.positions(sample, inputs, length), item, video, frame, line, follows, deep)
 
     def positions(self, sample: Sample, inputs: dict, length: int) -> Tensor:
         if not self.family.mrope:
@@ -113,7 +115,7 @@ class FamilyReference:
         for column, item in enumerate(tokens.item):
             if item >= 0:
                 parted = per_frame if tokens.video[column] else per_tile
-                key = ("all",) if config.budget_per == "prompt" else (item, tokens.line[column] if parted else None)
+                key = ("all",) if config.budget_per == "prompt" else (item, tokens.part[column] if parted else None)
                 pools.setdefault(key, []).append(column)
         emitted: dict[int, list[tuple[int, Tensor]]] = {
             column: [(column, tokens.hidden[column])] for column in range(len(tokens.item))
@@ -161,8 +163,8 @@ class FamilyReference:
         tokens = Tokens(
             torch.cat([prompt.hidden, embed[torch.tensor(generated, dtype=torch.long)]]),
             torch.cat([prompt.positions, tail], 1),
-            prompt.item + [-1] * count, prompt.video + [False] * count, prompt.line + [0] * count,
-            prompt.follows + [False] * count,
+            prompt.item + [-1] * count, prompt.video + [False] * count, prompt.part + [0] * count,
+            prompt.line + [0] * count, prompt.follows + [False] * count,
             torch.cat([prompt.deep, torch.zeros(len(prompt.deep), count, embed.shape[1], dtype=torch.float64)], 1),
         )  # fmt: skip
         stages = dict(zip(self.config.layer_list, budgets, strict=True))

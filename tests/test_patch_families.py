@@ -75,7 +75,7 @@ def test_every_cache_kind_equals_the_reference(name, options):
         STAGES["both"] | {"position_mode": "keep"},
         STAGES["both"] | {"budget_per": "prompt"},
         STAGES["both"] | {"budget_per": "image"},
-        {"visual_token_num": 7, "layer_list": [1, 3], "image_token_list": [5, 3], "basis_token_num": 2},
+        {"visual_token_num": 7, "layer_list": [2, 3], "image_token_list": [5, 3], "basis_token_num": 2},
     ],
     ids=["compact", "keep", "prompt", "image", "counts"],
 )
@@ -123,9 +123,10 @@ class TestBehaviour:
             pictures = [part for part in parts if not isinstance(part, int)]
             assert result.tokens_in[sample] == tuple(sum(family.runs(part)) for part in pictures)
             for index, part in enumerate(pictures):
-                plain = [follows for _, follows in family.roles(part)].count(False)
+                following = [follows for *_, follows in family.roles(part)]
+                plain = following.count(False)
                 vision, layer = (stage.tokens_out[sample][index] for stage in result.stages)
-                if not any(follows for _, follows in family.roles(part)):
+                if not any(following):
                     assert vision == max(1, int(0.5 * plain)) and layer == max(1, int(0.6 * vision))
                 assert len(result.origin()[sample][index]) == layer >= 1
                 assert result.stages[1].tokens_in[sample][index] == vision
@@ -169,7 +170,7 @@ class TestBehaviour:
     def test_beams_do_not_depend_on_the_cache(self, name):
         model, family = model_of(name), FAMILIES[name]
         with apet.patched(model, ApetConfig.from_dict(STAGES["both"])):
-            inputs = family.inputs([family.prompts[index] for index in (0, 2)])
+            inputs = family.inputs([family.prompts[index] for index in family.beams])
             options = {"num_beams": 3, "num_return_sequences": 2}
             cached = generate(model, inputs, **options)
             again = generate(model, inputs, use_cache=False, **options)
@@ -235,6 +236,14 @@ def test_qwen_presets_are_the_published_ones(name):
     config = apet.preset_config(model_of(name), basis_token_num=4)
     assert (config.image_token_ratio, config.layer_list, config.image_token_ratio_list) == (0.3, (2,), (0.333,))
     assert preset.position_mode == "keep" and config.basis_token_num == 4
+
+
+def test_stages_among_layers_that_add_features_are_refused():
+    model = model_of("qwen3_vl")
+    with pytest.raises(ValueError, match=r"after layer 1, but the first layers .* choose layers 2\.\.3"):
+        apet.apply_patch(model, ApetConfig(layer_list=[1], image_token_list=[4]))
+    assert apet.active_config(model) is None
+    assert apet.preset_config(model).layer_list == (2,)
 
 
 class TestRefused:
