@@ -11,7 +11,15 @@ if TYPE_CHECKING:
     from apet.compressor import compress
     from apet.config import ApetConfig
     from apet.core.types import CompressedTokens
-    from apet.patch import active_config, apply_patch, expecting_images, last_result, patched, remove_patch
+    from apet.patch import (
+        active_config,
+        apply_patch,
+        expecting_images,
+        last_result,
+        patched,
+        preset_config,
+        remove_patch,
+    )
     from apet.result import CompressionResult, StageResult
 
 __version__ = "0.1.0"
@@ -28,6 +36,7 @@ __all__ = [
     "expecting_images",
     "last_result",
     "patched",
+    "preset_config",
     "remove_patch",
 ]
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 POSITION_MODES = ("auto", "compact", "keep")
+BUDGETS_PER = ("crop", "image", "prompt")
+VIDEO_BUDGETS_PER = ("auto", "frame", "clip")
 STAGES = ("vision", "llm")
 
 
@@ -27,20 +29,48 @@ class StagePreset:
 
 @dataclass(frozen=True)
 class FamilyPreset:
-    """The published settings of one model family: algorithm specification section 1.1, one row per stage."""
+    """The published settings of one model family: algorithm specification section 1.1, one row per stage.
+
+    Attributes:
+        vision: Vision stage of images, and of videos as a whole.
+        llm: Stages inside the decoder.
+        position_mode: Positions of the surviving tokens.
+        frame: Vision stage of videos frame by frame.
+        video_budget_per: What a video's budget is for: each "frame", or the "clip".
+        budgets: Published budgets, as fields of `ApetConfig`; LLM budgets are for the middle layer.
+    """
 
     vision: StagePreset = StagePreset()
     llm: StagePreset = StagePreset(slots="error")
     position_mode: str = "compact"
+    frame: StagePreset = StagePreset()
+    video_budget_per: str = "clip"
+    budgets: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def stage(self, name: str) -> StagePreset:
         """The preset of stage "vision" or "llm"."""
         return self.vision if name == "vision" else self.llm
 
 
+_QWEN = FamilyPreset(
+    vision=StagePreset(insertion="blend"),
+    llm=StagePreset(slots="error", insertion="blend", ridge=0.1),
+    position_mode="keep",
+    frame=StagePreset(insertion="blend"),
+    budgets={"image_token_ratio": 0.3, "image_token_ratio_list": (0.333,)},
+)
+
 FAMILY_PRESETS: Mapping[str, FamilyPreset] = {
     "llava": FamilyPreset(),
     "llava_next": FamilyPreset(),
+    "qwen2_vl": _QWEN,
+    "qwen2_5_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "video_llava": FamilyPreset(
+        frame=StagePreset(insertion="append"), video_budget_per="frame", budgets={"video_token_num": 22}
+    ),
+    "llava_onevision": FamilyPreset(),
+    "internvl": FamilyPreset(),
 }
 
 
@@ -52,6 +82,8 @@ class ApetConfig:
         visual_token_num: Tokens kept per image at the vision stage. A list gives one count per image of the call, in
             prompt order. None, or at least the number of tokens of an image: no compression there.
         image_token_ratio: The same as a share in (0, 1] of each image's tokens: int(ratio * N), at least 1.
+        video_token_num: Tokens kept per frame or clip (see `video_budget_per`) at the vision stage; None: as for
+            images. Tokens that a family adds (class tokens, the basis of Video-LLaVA's frames) come on top.
         layer_list: Decoder layers, counted from 1 and increasing, after which an LLM stage runs.
         image_token_list: Tokens per image left by each LLM stage (or per stage a list with one count per image).
         image_token_ratio_list: The same as shares of the tokens that enter each stage.
@@ -62,7 +94,10 @@ class ApetConfig:
         position_mode: "compact" renumbers the surviving tokens, "keep" leaves them their original positions, "auto"
             is what the model's family was published with.
         budget_per: "crop" (the published meaning for anyres images) or "image": the vision budget is the image's and is
-            split over its crops by error mass. The same for images of one crop.
+            split over its crops by error mass. The same for images of one crop. "prompt": all images and videos of a
+            prompt share the budgets of every stage, as in the published code for Qwen2.5-VL; an image may vanish.
+        video_budget_per: Vision budgets of videos are for each "frame" or for the "clip", with selection across its
+            frames; "auto" is what the family was published with. Budgets inside the decoder are the clip's.
         compat: None, or "published" for the published accounting of anyres images: padding takes budget at the vision
             stage, and decoder stages cut only the first tokens of an image, as many as the previous budget.
         seed: Seed of methods and bases that draw at random.
@@ -70,6 +105,7 @@ class ApetConfig:
 
     visual_token_num: int | tuple[int, ...] | None = None
     image_token_ratio: float | None = None
+    video_token_num: int | None = None
     layer_list: tuple[int, ...] = ()
     image_token_list: tuple[int | tuple[int, ...], ...] = ()
     image_token_ratio_list: tuple[float, ...] = ()
@@ -79,6 +115,7 @@ class ApetConfig:
     fps_start: int | str = "farthest"
     position_mode: str = "auto"
     budget_per: str = "crop"
+    video_budget_per: str = "auto"
     compat: str | None = None
     seed: int = 0
 
@@ -90,6 +127,7 @@ class ApetConfig:
                 raise ValueError(f"{name}={values!r} must be a list with one entry per stage")
             object.__setattr__(self, name, _frozen(values or ()))
         _check_counts("visual_token_num", self.visual_token_num)
+        _check_counts("video_token_num", self.video_token_num)
         _check_ratio("image_token_ratio", self.image_token_ratio)
         self._check_layers()
         self._check_options()
@@ -161,10 +199,25 @@ class ApetConfig:
             raise ValueError(f"fps_start={self.fps_start!r} must be 'farthest' or a token index of at least 0")
         if self.position_mode not in POSITION_MODES:
             raise ValueError(f"position_mode={self.position_mode!r} is unknown; choose {', '.join(POSITION_MODES)}")
-        if self.budget_per not in ("crop", "image"):
-            raise ValueError(f"budget_per={self.budget_per!r} is unknown; choose crop or image")
+        if self.budget_per not in BUDGETS_PER:
+            raise ValueError(f"budget_per={self.budget_per!r} is unknown; choose {', '.join(BUDGETS_PER)}")
+        if self.video_budget_per not in VIDEO_BUDGETS_PER:
+            raise ValueError(
+                f"video_budget_per={self.video_budget_per!r} is unknown; choose {', '.join(VIDEO_BUDGETS_PER)}"
+            )
+        if self.budget_per == "prompt":
+            self._check_pooled()
         if self.compat not in (None, "published"):
             raise ValueError(f"compat={self.compat!r} is unknown; choose published, or leave it out")
+
+    def _check_pooled(self) -> None:
+        """Raise where a budget shared by the prompt is given in parts."""
+        if self.video_token_num is not None or self.video_budget_per == "frame":
+            raise ValueError(
+                "budget_per='prompt' pools videos with the images; leave out budgets of their own for videos"
+            )
+        if any(isinstance(budget, tuple) for budget in self.stage_budgets):
+            raise ValueError("budget_per='prompt' shares one budget between the images; give a number, not a list")
 
     def _check_decreasing(self) -> None:
         stages = zip(self.layer_list, self.image_token_list, strict=False)

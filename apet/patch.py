@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from torch import nn
 
 from apet.adapters import Adapter, adapter_for
 from apet.adapters.decoder import DecoderPatch, Stage, StageRun
+from apet.adapters.encoder import EncoderLog
 from apet.adapters.vision import ImageLayout, VisionStage
 from apet.config import ApetConfig, check_not_growing
 from apet.methods import selector
+from apet.methods.base import Selector
 from apet.result import CompressionResult, StageResult
 
 _PATCH = "_apet_patch"
@@ -23,7 +26,8 @@ class _Patch:
         self.num_layers = len(adapter.layers)
         self.vision, stages = _build_stages(adapter, config)
         positions = adapter.preset.position_mode if config.position_mode == "auto" else config.position_mode
-        self.decoder = DecoderPatch(adapter, stages, positions, self.vision)
+        encoder = EncoderLog(adapter, _per_frame(adapter, config)) if self.vision is None else None
+        self.decoder = DecoderPatch(adapter, stages, positions, self.vision, encoder)
         self._generation = adapter.model.generation_config
         # With a static cache on a GPU generate() compiles the decoding step; the hooks' state is not traceable.
         self._disable_compile = getattr(self._generation, "disable_compile", False)
@@ -31,6 +35,8 @@ class _Patch:
         self._handles = self.decoder.attach()
         if self.vision is not None:
             self._handles += self.vision.attach() + adapter.attach_encoder(self.vision)
+        else:
+            self._handles += encoder.attach()
 
     def detach(self) -> None:
         """Remove the hooks and restore the generation config."""
@@ -54,8 +60,8 @@ def apply_patch(model: nn.Module, config: ApetConfig) -> nn.Module:
 
     Raises:
         TypeError: The model's family is unknown, or `config` is not an ApetConfig.
-        ValueError: A layer the model does not have, budgets that grow, an unknown method, or a text model with
-            sliding-window attention.
+        ValueError: A layer the model does not have or that cannot be shortened, budgets that grow or that the family
+            does not know, an unknown method, or a text model with sliding-window attention.
     """
     if not isinstance(config, ApetConfig):
         raise TypeError(f"config must be an apet.ApetConfig, got {type(config).__name__}")
@@ -99,6 +105,24 @@ def expecting_images(model: nn.Module, layouts: Sequence[ImageLayout]):
     return patch.vision.expecting(layouts)
 
 
+def preset_config(model: nn.Module, **changes: Any) -> ApetConfig:
+    """The configuration a model's family was published with; stages inside the decoder run after the middle layer.
+
+    Args:
+        model: A transformers vision-language model of a known family.
+        changes: Fields of `ApetConfig` to set otherwise.
+
+    Raises:
+        TypeError: The model's family is unknown.
+        ValueError: A field that is unknown or out of range.
+    """
+    adapter = adapter_for(model)
+    fields = dict(adapter.preset.budgets)
+    if fields.get("image_token_list") or fields.get("image_token_ratio_list"):
+        fields["layer_list"] = [max(len(adapter.layers) // 2, adapter.first_stage_layer)]
+    return ApetConfig.from_dict(fields | changes)
+
+
 def active_config(model: nn.Module) -> ApetConfig | None:
     """The configuration `model` is patched with, or None."""
     patch = getattr(model, _PATCH, None)
@@ -117,20 +141,20 @@ def last_result(model: nn.Module) -> CompressionResult:
     decoder = patch.decoder
     if decoder.runs is None:
         raise RuntimeError("the patched model has not run yet; call model.generate(...) first")
-    tokens_in = _by_row(decoder.prompt, [block.length for block in decoder.prompt], decoder.rows)
+    tokens_in = _by_row(decoder.prompt, [item.length for item in decoder.prompt], decoder.rows)
     stages = tuple(_stage_result(run, decoder.rows) for run in decoder.runs)
     return CompressionResult(patch.config, patch.num_layers, stages, tokens_in)
 
 
 def _stage_result(run: StageRun, rows: int) -> StageResult:
-    lengths = _by_row(run.blocks, [block.length for block in run.blocks], rows)
-    return StageResult(run.stage.name, run.stage.layer, _by_row(run.blocks, run.kept, rows), lengths)
+    lengths = _by_row(run.items, run.lengths, rows)
+    return StageResult(run.stage.name, run.stage.layer, _by_row(run.items, run.kept, rows), lengths)
 
 
-def _by_row(blocks, values, rows: int) -> tuple[tuple, ...]:
-    """Values of the blocks, grouped by the sample they belong to."""
+def _by_row(items, values, rows: int) -> tuple[tuple, ...]:
+    """Values of the images, grouped by the sample they belong to."""
     return tuple(
-        tuple(value for block, value in zip(blocks, values, strict=True) if block.row == row) for row in range(rows)
+        tuple(value for item, value in zip(items, values, strict=True) if item.row == row) for row in range(rows)
     )
 
 
@@ -148,8 +172,16 @@ def _build_stages(adapter: Adapter, config: ApetConfig) -> tuple[VisionStage | N
                 f"layer_list={list(config.layer_list)} asks for a stage after layer {layer}, but the model has "
                 f"{num_layers} layers; choose layers 1..{num_layers - 1}"
             )
-    if adapter.single_crop:
-        # With several crops the vision budget is a crop's and the others are the image's.
+        if layer < adapter.first_stage_layer:
+            raise ValueError(
+                f"layer_list={list(config.layer_list)} asks for a stage after layer {layer}, but the first layers of "
+                "the model add features to every visual token; choose layers "
+                f"{adapter.first_stage_layer}..{num_layers - 1}"
+            )
+    _check_family(adapter, config)
+    parted = not adapter.single_crop or (adapter.videos is not None and _per_frame(adapter, config))
+    if not parted or config.budget_per == "prompt":
+        # The vision budget of a crop or frame is not comparable with the others, which are the image's or clip's.
         names = ["visual_token_num", *(f"the stage after layer {layer}" for layer in config.layer_list)]
         check_not_growing(list(zip(names, config.stage_budgets, strict=True)))
     if config.layer_list:
@@ -157,19 +189,54 @@ def _build_stages(adapter: Adapter, config: ApetConfig) -> tuple[VisionStage | N
     vision, stages = None, []
     published = config.compat == "published"
     vision_select = None
-    if vision_budget is not None:
+    if vision_budget is not None or config.video_token_num is not None:
         vision_select = selector(config, "vision", adapter.preset.vision, num_layers=num_layers, available=())
     if adapter.projector is not None:
         per_image = config.budget_per == "image"
         vision = VisionStage(adapter.projector, vision_budget, vision_select, per_image, published)
-    if vision_budget is not None:
-        stages.append(Stage("vision", 0, vision_budget, None if vision is not None else vision_select))
+    if vision is not None and vision_budget is not None:
+        stages.append(Stage("vision", 0, vision_budget, None))
+    elif vision is None and vision_select is not None:
+        stages.append(_embedded_stage(adapter, config, vision_select))
     window = vision_budget if published else None
+    pool = "prompt" if config.budget_per == "prompt" else "item"
     for layer, budget in zip(config.layer_list, layer_budgets, strict=True):
         select = selector(config, "llm", adapter.preset.llm, layer=layer, num_layers=num_layers, available=())
-        stages.append(Stage(f"layer {layer}", layer, budget, select, window))
+        stages.append(Stage(f"layer {layer}", layer, budget, select, window, pool))
         window = budget if published else None
     return vision, stages
+
+
+def _embedded_stage(adapter: Adapter, config: ApetConfig, select: Selector) -> Stage:
+    """The vision stage of a family that is compressed behind its projector."""
+    budget = config.stage_budgets[0]
+    if config.budget_per == "prompt":
+        return Stage("vision", 0, budget, select, pool="prompt")
+    videos = None
+    if adapter.videos is not None:
+        per_frame = _per_frame(adapter, config)
+        video_select = selector(config, "vision", adapter.preset.frame, available=()) if per_frame else select
+        video_budget = budget if config.video_token_num is None else config.video_token_num
+        videos = Stage("vision", 0, video_budget, video_select, pool="segment" if per_frame else "item")
+    return Stage("vision", 0, budget, select, pool="segment" if config.budget_per == "crop" else "item", videos=videos)
+
+
+def _per_frame(adapter: Adapter, config: ApetConfig) -> bool:
+    """Whether the vision budgets of videos are for each frame."""
+    chosen = adapter.preset.video_budget_per if config.video_budget_per == "auto" else config.video_budget_per
+    return chosen == "frame" and config.budget_per != "prompt"
+
+
+def _check_family(adapter: Adapter, config: ApetConfig) -> None:
+    """Raise where the family does not know an option."""
+    if adapter.projector is not None and config.budget_per == "prompt":
+        raise ValueError(
+            f"budget_per='prompt' is not possible for {adapter.family}: its images are compressed one by one"
+        )
+    if adapter.videos is None and (config.video_token_num is not None or config.video_budget_per != "auto"):
+        raise ValueError(f"{adapter.family} takes no videos; leave out video_token_num and video_budget_per")
+    if adapter.projector is None and config.compat == "published":
+        raise ValueError(f"compat='published' is about anyres images; {adapter.family} has none: leave it out")
 
 
 def _refuse_sliding_window(adapter: Adapter) -> None:

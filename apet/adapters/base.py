@@ -4,10 +4,12 @@ An adapter is data and a few look-ups; it never sees a compression method: base 
 where features can be compressed before the projector.
 """
 
-from typing import ClassVar, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
+from apet.adapters.layout import Item, Layout
 from apet.adapters.vision import VisionStage
 from apet.config import FAMILY_PRESETS, FamilyPreset
 
@@ -19,16 +21,37 @@ class Removable(Protocol):
         """Undo it."""
 
 
+class InstanceAttribute:
+    """An attribute set over a method; removing it uncovers the method."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._owner, self._name = owner, name
+
+    def remove(self) -> None:
+        """Delete the attribute."""
+        delattr(self._owner, self._name)
+
+
 class Adapter:
     """One model family. Subclasses set the class attributes and override look-ups that differ.
 
     Attributes:
         family: Key of the family's preset.
         model_types: `config.model_type` values of the transformers classes served.
+        classes: Names of these classes.
+        videos: How videos reach the model; None where it takes none.
+        proof: Test files that compare the family with an independent reference.
+        position_axes: Rows of the rotary positions: 1, or 3 (time, height, width) with M-RoPE.
+        runs_are_items: Encoded images whose placeholders touch are tiles of one image.
     """
 
     family: ClassVar[str]
     model_types: ClassVar[tuple[str, ...]]
+    classes: ClassVar[tuple[str, ...]]
+    videos: ClassVar[str | None] = None
+    proof: ClassVar[tuple[str, ...]] = ()
+    position_axes: ClassVar[int] = 1
+    runs_are_items: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -55,8 +78,9 @@ class Adapter:
 
     @property
     def placeholder_ids(self) -> tuple[int, ...]:
-        """Token ids that stand for visual tokens in `input_ids`."""
-        return (self.model.config.image_token_id,)
+        """Token ids that stand for visual tokens in `input_ids`: that of images, then that of videos."""
+        config = self.model.config
+        return (config.image_token_id,) if self.videos is None else (config.image_token_id, config.video_token_id)
 
     @property
     def projector(self) -> nn.Module | None:
@@ -68,12 +92,39 @@ class Adapter:
         """Whether every image is encoded as one crop, so that all budgets count the same tokens."""
         return True
 
+    @property
+    def first_stage_layer(self) -> int:
+        """Smallest layer in front of which a decoder stage may run."""
+        return 1
+
+    def image_items(self, features: Sequence[Tensor], given: Mapping[str, Any]) -> list[Item]:
+        """The images of an encoder call.
+
+        Args:
+            features: What `get_image_features` returned: per image (T, D).
+            given: The arguments of the call.
+        """
+        return [Item((len(one),)) for one in features]
+
+    def video_items(self, features: Sequence[Tensor], given: Mapping[str, Any], per_frame: bool) -> list[Item]:
+        """The same for videos; `per_frame` asks for the borders of the frames."""
+        raise NotImplementedError
+
+    def shorten_inputs(self, kwargs: dict, before: Layout, after: Layout, source: Tensor) -> dict:
+        """What the text model gets beside embeddings, mask and positions, cut to the columns `source` (B, L')."""
+        return kwargs
+
     def attach_encoder(self, vision: VisionStage) -> list[Removable]:
         """What the family needs around its image encoder so that the vision stage knows how crops are arranged."""
         return []
 
 
 _ADAPTERS: dict[str, type[Adapter]] = {}
+
+
+def registered() -> list[type[Adapter]]:
+    """Every adapter once, in the order of registration."""
+    return list(dict.fromkeys(_ADAPTERS.values()))
 
 
 def register(cls: type[Adapter]) -> type[Adapter]:

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from apet.adapters.base import Adapter
-from apet.adapters.layout import Block, Layout, follows, layout_from_ids, to_device
+from apet.adapters.encoder import EncoderLog
+from apet.adapters.layout import Block, Item, Layout, Segment, Unit, follows, layout_from_ids, to_device
 from apet.adapters.vision import Budget, ImageRecord, Select, VisionStage, budget_for
 
 _STATE = "_apet_state"
+_PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Stage:
         select: The method, or None where the projector hooks have already compressed the rows.
         window: Only the first so many tokens of an image take part, the others stay (the published accounting of anyres
             images); None for all of them.
+        pool: Tokens that share a budget: those of an "item" (image or video), of a "segment" of it (frame, tile), or of
+            the whole "prompt".
+        videos: The same stage for videos where they are treated differently from images.
     """
 
     name: str
@@ -45,26 +50,45 @@ class Stage:
     budget: Budget
     select: Select | None
     window: int | None = None
+    pool: str = "item"
+    videos: "Stage | None" = None
+
+    def rule(self, part: Block | Segment) -> "Stage":
+        """The stage as it treats an image or a video."""
+        return self.videos if part.video and self.videos is not None else self
+
+    def unit_key(self, block: Block) -> Any:
+        """Equal for blocks of a row that are chosen from together."""
+        pool = self.rule(block).pool
+        return -1 if pool == "prompt" else (pool, block.segment if pool == "segment" else block.item)
 
 
 @dataclass(frozen=True)
 class StageRun:
-    """What a stage did: blocks that entered, tokens kept of each, and their positions relative to the block."""
+    """What a stage did to every image and video of the prompt.
+
+    Attributes:
+        stage: The stage.
+        items: The images and videos as they are in the prompt.
+        lengths: Tokens of each that entered the stage.
+        kept: Positions of the kept ones among these.
+    """
 
     stage: Stage
-    blocks: tuple[Block, ...]
+    items: tuple[Unit, ...]
+    lengths: tuple[int, ...]
     kept: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class _Choice:
-    """What a stage keeps of one block.
+    """What a stage keeps of one unit.
 
     Attributes:
-        way: Number of columns kept where only the device knows which, or the columns themselves.
-        indices: (K,) kept positions relative to the block.
+        way: Number of columns kept where only the device knows which, or their positions in the unit.
+        indices: (K,) kept positions in the unit.
         tokens: (K', D) new content of kept tokens, None where they stay as they are.
-        places: (K',) columns of the shortened block that `tokens` go to.
+        places: (K',) columns of the shortened unit that `tokens` go to.
     """
 
     way: int | np.ndarray
@@ -86,7 +110,7 @@ class _Group:
         first: 0-based first layer.
         length: Prompt columns, padding included.
         mask: (B, length) bool, or None without padding.
-        last: (B, 1) int64 position of the last prompt token.
+        last: (..., B, 1) int64 position of the last prompt token.
     """
 
     first: int
@@ -102,7 +126,7 @@ class _State:
     Attributes:
         groups: Layer groups whose inputs differ from what the text model believes, by first layer.
         original_length: Columns of the prompt before compression.
-        original_last: Largest position of the prompt before compression.
+        original_last: (..., B, 1) position of the last prompt token before compression.
     """
 
     original_length: int
@@ -133,14 +157,21 @@ class _Call:
 class DecoderPatch:
     """The hooks of one model. `runs` and `prompt` describe the last prefill."""
 
-    def __init__(self, adapter: Adapter, stages: Sequence[Stage], positions: str, vision: VisionStage | None) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        stages: Sequence[Stage],
+        positions: str,
+        vision: VisionStage | None,
+        encoder: EncoderLog | None = None,
+    ) -> None:
         self._adapter = adapter
         self._stages = {stage.layer: stage for stage in stages}
         self._keep_positions = positions == "keep"
-        self._vision = vision
+        self._vision, self._encoder = vision, encoder
         self._local = threading.local()
         self._base_names = list(inspect.signature(adapter.base_model.forward).parameters)
-        self.prompt: tuple[Block, ...] = ()
+        self.prompt: tuple[Unit, ...] = ()
         self.rows = 0
         self.runs: tuple[StageRun, ...] | None = None
 
@@ -195,23 +226,21 @@ class DecoderPatch:
         embeds = kwargs["inputs_embeds"]
         call.records = self._vision.records if self._vision is not None else None
         call.layout = self._read_layout(call, embeds, kwargs.get("attention_mask"))
-        blocks = call.layout.blocks()
-        self.prompt, self.rows, self.runs = tuple(blocks), embeds.shape[0], None
-        if not blocks:
-            call.runs.extend(StageRun(stage, (), ()) for stage in self._stages.values())
+        self.prompt, self.rows, self.runs = tuple(call.layout.units(_by_item)), embeds.shape[0], None
+        if not self.prompt:
+            call.runs.extend(StageRun(stage, (), (), ()) for stage in self._stages.values())
             return kwargs
-        positions = kwargs.get("position_ids")
-        if positions is None:
-            positions = torch.arange(embeds.shape[1], device=embeds.device).unsqueeze(0)
-        call.positions = positions.expand(embeds.shape[0], -1)
-        valid = to_device(call.layout.valid, embeds.device)
-        call.state = _State(embeds.shape[1], torch.where(valid, call.positions, -1).amax(-1, keepdim=True))
+        call.positions = self._rotary_positions(kwargs.get("position_ids"), embeds)
+        last = to_device(call.layout.last_valid, embeds.device).view(-1, 1).expand(*call.positions.shape[:-1], 1)
+        call.state = _State(embeds.shape[1], call.positions.gather(-1, last))
         stage = self._stages.get(0)
         if stage is None:
             return kwargs
-        embeds, shortened = self._run_stage(call, stage, embeds)
-        if not shortened:
+        before = call.layout
+        embeds, source = self._run_stage(call, stage, embeds)
+        if source is None:
             return kwargs
+        kwargs = self._adapter.shorten_inputs(kwargs, before, call.layout, source)
         mask = call.state.groups[-1].mask
         if mask is None and call.cache is None:
             # Without cache and mask the text model would take gaps in the positions for packed sequences.
@@ -241,57 +270,76 @@ class DecoderPatch:
             kwargs = kwargs | {"attention_mask": mask, "position_embeddings": embeddings, "position_ids": None}
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
-    def _run_stage(self, call: _Call, stage: Stage, hidden: Tensor) -> tuple[Tensor, bool]:
-        """Shorten `hidden` (B, L, D) at a stage; returns it and whether anything was dropped."""
-        blocks = call.layout.blocks()
+    def _rotary_positions(self, positions: Tensor | None, embeds: Tensor) -> Tensor:
+        """The text model's positions (B, L), or (3, B, L) with M-RoPE."""
+        if positions is None:
+            positions = torch.arange(embeds.shape[1], device=embeds.device).unsqueeze(0)
+        axes = self._adapter.position_axes
+        if axes == 1:
+            return positions.expand(embeds.shape[0], -1)
+        # A row in front of the three is the text position, which no rotary embedding reads.
+        return positions[-axes:].expand(axes, embeds.shape[0], -1)
+
+    def _run_stage(self, call: _Call, stage: Stage, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Shorten `hidden` (B, L, D) at a stage; returns it and its old columns (B, L'), None if none was dropped."""
+        call.layout = call.layout.joined(lambda segment: stage.rule(segment).pool == "segment")
+        units = call.layout.units(stage.unit_key)
         if stage.select is None:
-            choices = [_vision_choice(call.records[block.item], block, hidden.device) for block in blocks]
+            choices = [_vision_choice(call.records[unit.item], unit, hidden.device) for unit in units]
         else:
-            choices = self._select(call, stage, blocks, hidden)
-        call.runs.append(StageRun(stage, tuple(blocks), tuple(choice.indices for choice in choices)))
-        if all(choice.count == block.length for choice, block in zip(choices, blocks, strict=True)):
-            return hidden, False
-        move = call.layout.shorten([choice.way for choice in choices])
+            choices = self._select(stage, units, hidden)
+        call.runs.append(_report(stage, self.prompt, units, choices))
+        if all(choice.count == unit.length for choice, unit in zip(choices, units, strict=True)):
+            return hidden, None
+        move = call.layout.shorten(_ways(call.layout, units, choices))
         source = to_device(move.source, hidden.device)
-        moved = move.layout.blocks()
+        new_columns = dict(zip(call.layout.blocks(), move.places, strict=True))
+        places = [np.concatenate([new_columns[block] for block in unit.blocks]) for unit in units]
         for members in _equal([choice.way if isinstance(choice.way, int) else None for choice in choices]):
             # Here the host knows how many columns stay; which ones is filled in on the device.
             indices = torch.stack([choices[member].indices for member in members]).to(hidden.device)
-            starts = torch.tensor([[blocks[member].start] for member in members], device=hidden.device)
-            rows, columns = _span([moved[member] for member in members], np.arange(indices.shape[1]), hidden.device)
-            source[rows, columns] = starts + indices
+            starts = torch.tensor([[units[member].blocks[0].start] for member in members], device=hidden.device)
+            rows = np.array([[units[member].row] for member in members])
+            columns = np.stack([places[member] for member in members])
+            source[to_device(rows, hidden.device), to_device(columns, hidden.device)] = starts + indices
         packed = _take(hidden, source)
-        for block, choice in zip(moved, choices, strict=True):
+        for unit, choice, columns in zip(units, choices, places, strict=True):
             if choice.tokens is not None:
-                packed[block.row, to_device(block.start + choice.places, hidden.device)] = choice.tokens
+                packed[unit.row, to_device(columns[choice.places], hidden.device)] = choice.tokens
         call.layout = move.layout
         self._open_group(call, stage, source, hidden.device)
         if call.layout.has_padding:
             packed = packed * call.state.groups[-1].mask.unsqueeze(-1)
-        return packed, True
+        return packed, source
 
-    def _select(self, call: _Call, stage: Stage, blocks: Sequence[Block], hidden: Tensor) -> list[_Choice]:
-        """Let the method choose, for all blocks with equally many candidates and the same budget at once."""
-        images = len({block.item for block in blocks})
-        candidates = [_candidates(stage, block, call.layout.block_lines(block)) for block in blocks]
-        counts = [
-            budget_for(stage.budget, len(columns), block.item, images)
-            for block, columns in zip(blocks, candidates, strict=True)
+    def _select(self, stage: Stage, units: Sequence[Unit], hidden: Tensor) -> list[_Choice]:
+        """Let the method choose, for all units with equally many candidates and the same budget at once."""
+        rules = [stage.rule(unit.blocks[0]) for unit in units]
+        candidates = [_candidates(rule, unit) for rule, unit in zip(rules, units, strict=True)]
+        counts = []
+        for rule, unit, columns in zip(rules, units, candidates, strict=True):
+            items = sorted({other.item for other, its in zip(units, rules, strict=True) if its is rule})
+            counts.append(budget_for(rule.budget, len(columns), items.index(unit.item), len(items)))
+        choices = [_whole(unit, hidden.device) for unit in units]
+        keys = [
+            (len(columns), count, rule is stage) if count < len(columns) else None
+            for columns, count, rule in zip(candidates, counts, rules, strict=True)
         ]
-        choices = [_whole(block, hidden.device) for block in blocks]
-        sizes = [(len(columns), count) for columns, count in zip(candidates, counts, strict=True)]
-        for members in _equal([size if size[1] < size[0] else None for size in sizes]):
-            columns = np.stack([blocks[member].start + candidates[member] for member in members])
-            rows = to_device(np.array([[blocks[member].row] for member in members]), hidden.device)
-            result = stage.select(hidden[rows, to_device(columns, hidden.device)], counts[members[0]])
+        for members in _equal(keys):
+            columns = np.stack([units[member].columns[candidates[member]] for member in members])
+            rows = to_device(np.array([[units[member].row] for member in members]), hidden.device)
+            block = hidden[rows, to_device(columns, hidden.device)]
+            result = rules[members[0]].select(block, counts[members[0]])
+            if result.indices.shape[1] > block.shape[1]:
+                continue  # with the basis appended there would be more rows than before
+            simple = [_is_simple(units[member], candidates[member]) for member in members]
+            known = None if all(simple) else result.indices.cpu().numpy()
             for position, member in enumerate(members):
-                choices[member] = _method_choice(
-                    result.tokens[position],
-                    result.indices[position],
-                    blocks[member],
-                    candidates[member],
-                    call.layout.block_lines(blocks[member]),
-                )
+                tokens, indices = result.tokens[position], result.indices[position]
+                if simple[position]:
+                    choices[member] = _Choice(len(indices), indices, tokens, np.arange(len(indices)))
+                else:
+                    choices[member] = _method_choice(tokens, known[position], units[member], candidates[member])
         return choices
 
     def _open_group(self, call: _Call, stage: Stage, source: Tensor, device: torch.device) -> None:
@@ -299,11 +347,13 @@ class DecoderPatch:
         layout = call.layout
         valid = to_device(layout.valid, device)
         if self._keep_positions:
-            call.positions = call.positions.gather(1, source).masked_fill(~valid, 0)
+            moved = source.expand(*call.positions.shape[:-1], -1)
+            call.positions = call.positions.gather(-1, moved).masked_fill(~valid, 0)
             last = call.state.original_last
         else:
-            call.positions = (valid.long().cumsum(-1) - 1).clamp(min=0)
-            last = call.positions[:, -1:]
+            compact = (valid.long().cumsum(-1) - 1).clamp(min=0)
+            call.positions = compact.expand(*call.positions.shape[:-1], -1)
+            last = call.positions[..., -1:]
         mask = valid if layout.has_padding else None
         call.state.groups.append(_Group(stage.layer, layout.length, mask, last))
 
@@ -341,24 +391,36 @@ class DecoderPatch:
         Raises:
             ValueError: Images that cannot be found in the prompt, or that this model did not encode.
         """
-        lines = [record.layout.lines for record in call.records or ()]
         if call.items is not None:
-            return Layout(call.items.cpu().numpy()).with_lines(lines)
+            return Layout(call.items.cpu().numpy()).with_lines([record.layout.lines for record in call.records or ()])
         if call.ids is None:
             if self._stages:
                 raise ValueError(
                     "a patched model cannot find the images in inputs_embeds; pass input_ids with pixel_values instead"
                 )
             return Layout(np.full(embeds.shape[:2], -1))
-        visual = torch.isin(call.ids, torch.tensor(self._adapter.placeholder_ids, device=call.ids.device))
-        valid = _valid_columns(mask, call.cache, visual)
-        visual, valid = torch.stack([visual, valid.to(visual.device)]).cpu().numpy()
-        if call.records is None and visual.any():
-            raise ValueError(
-                "the prompt has images that this model did not encode; pass pixel_values to a patched model"
-            )
-        lengths = [len(record.layout.columns) for record in call.records or ()]
-        return layout_from_ids(visual, valid, lengths).with_lines(lines)
+        kinds = torch.full_like(call.ids, -1)
+        for kind, placeholder in enumerate(self._adapter.placeholder_ids):
+            kinds = kinds.masked_fill(call.ids == placeholder, kind)
+        valid = _valid_columns(mask, call.cache, kinds >= 0)
+        kinds, valid = torch.stack([kinds, valid.to(kinds)]).cpu().numpy()
+        encoded = self._encoded_items(call)
+        for kind, items in enumerate(encoded):
+            if items is None and (kinds == kind).any():
+                raise ValueError(
+                    "the prompt has images that this model did not encode; pass pixel_values to a patched model"
+                )
+        return layout_from_ids(
+            kinds, valid.astype(bool), [items or () for items in encoded], self._adapter.runs_are_items
+        )
+
+    def _encoded_items(self, call: _Call) -> list[Sequence[Item] | None]:
+        """Per kind of placeholder the images or videos of the last encoder call, None where none was encoded."""
+        if self._encoder is not None:
+            return [self._encoder.items(kind) for kind in range(len(self._adapter.placeholder_ids))]
+        if call.records is None:
+            return [None]
+        return [[Item((len(record.layout.columns),), record.layout.lines) for record in call.records]]
 
 
 def _layer_hook(patch: DecoderPatch, index: int):
@@ -374,7 +436,7 @@ def _refuse_training(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 def _refuse_continuation(given: dict, tokens: Tensor, cache: Any, state: _State | None) -> None:
     """Raise where a filled cache is continued in a way that cannot be right."""
-    if given.get("pixel_values") is not None or given.get("mm_encoder_outputs"):
+    if given.get("mm_encoder_outputs") or any(given.get(name) is not None for name in _PIXELS):
         raise ValueError(
             "a patched model compresses images in the first forward of a prompt; this cache already holds one. "
             "Start a new cache for a conversation with new images (and leave out prefill_chunk_size)"
@@ -387,7 +449,9 @@ def _refuse_continuation(given: dict, tokens: Tensor, cache: Any, state: _State 
     if isinstance(mask, Tensor) and mask.dim() == 2:
         consistent = mask.shape[1] == state.original_length + fed
     elif positions is not None:
-        consistent = int(positions.max()) == int(state.original_last.max()) + fed
+        axes = state.original_last.shape[0] if state.original_last.dim() == 3 else 1
+        rotary = positions[-axes:] if axes > 1 else positions
+        consistent = int(rotary.max()) == int(state.original_last.max()) + fed
     else:
         consistent = True
     if not consistent:
@@ -417,42 +481,86 @@ def _valid_columns(mask: Any, cache: Any, visual: Tensor) -> Tensor:
     return row if row.dtype == torch.bool else row == 0
 
 
-def _whole(block: Block, device: torch.device) -> _Choice:
-    return _Choice(block.length, torch.arange(block.length, device=device))
+def _by_item(block: Block) -> int:
+    return block.item
 
 
-def _vision_choice(record: ImageRecord, block: Block, device: torch.device) -> _Choice:
+def _whole(unit: Unit, device: torch.device) -> _Choice:
+    way = unit.length if len(unit.blocks) == 1 else np.arange(unit.length)
+    return _Choice(way, torch.arange(unit.length, device=device))
+
+
+def _vision_choice(record: ImageRecord, unit: Unit, device: torch.device) -> _Choice:
     """What the projector hooks kept of an image, as columns of its block."""
     if record.kept is None:
-        return _whole(block, device)
-    if record.is_plain and block.length == record.layout.length:
+        return _whole(unit, device)
+    if record.is_plain and unit.length == record.layout.length:
         return _Choice(len(record.kept[0]), record.kept[0])
     columns = record.kept_columns()
-    columns = columns[columns < block.length]
+    columns = columns[columns < unit.length]
     return _Choice(columns, torch.from_numpy(columns))
 
 
-def _candidates(stage: Stage, block: Block, lines: np.ndarray | None) -> np.ndarray:
-    """Columns of a block that a stage chooses from: newlines follow their lines and are no candidates."""
+def _candidates(stage: Stage, unit: Unit) -> np.ndarray:
+    """Positions in a unit that a stage chooses from: newlines and class tokens follow others and are no candidates."""
     if stage.window is not None:
-        return np.arange(min(stage.window, block.length))
-    return np.arange(block.length) if lines is None else np.flatnonzero(lines > -2)
+        return np.arange(min(stage.window, unit.length))
+    return np.arange(unit.length) if unit.lines is None else np.flatnonzero(unit.lines > -2)
 
 
-def _method_choice(
-    tokens: Tensor, indices: Tensor, block: Block, candidates: np.ndarray, lines: np.ndarray | None
-) -> _Choice:
-    """The method's decision (`indices` among the candidates, ascending) as columns of the block."""
-    if len(candidates) == block.length:
-        return _Choice(len(indices), indices, tokens, np.arange(len(indices)))
-    chosen = candidates[indices.cpu().numpy()]
-    keep = np.ones(block.length, dtype=bool)
+def _is_simple(unit: Unit, candidates: np.ndarray) -> bool:
+    """Whether the shortened unit is what was kept, in one place: then the host need not know which columns stay."""
+    return len(unit.blocks) == 1 and len(candidates) == unit.length
+
+
+def _method_choice(tokens: Tensor, indices: np.ndarray, unit: Unit, candidates: np.ndarray) -> _Choice:
+    """The method's decision (`indices` among the candidates) as columns of the unit."""
+    lines = unit.lines
+    chosen = candidates[indices]
+    keep = np.ones(unit.length, dtype=bool)
     keep[candidates] = False
-    keep[chosen] = True
     if lines is not None and len(candidates) == (lines > -2).sum():
-        keep = (keep & (lines > -2)) | follows(lines, keep & (lines > -2))
-    columns = np.flatnonzero(keep)
-    return _Choice(columns, torch.from_numpy(columns), tokens, np.searchsorted(columns, chosen))
+        alive = np.zeros_like(keep)
+        alive[chosen] = True
+        keep = follows(lines, alive)
+    if (np.diff(chosen) > 0).all():
+        keep[chosen] = True
+        columns = np.flatnonzero(keep)
+        return _Choice(columns, torch.from_numpy(columns), tokens, np.searchsorted(columns, chosen))
+    # Rows in an order of their own stay together, behind what stood in front of them.
+    others = np.flatnonzero(keep)
+    front = others[others < candidates[0]]
+    columns = np.concatenate([front, chosen, others[len(front) :]])
+    return _Choice(columns, torch.from_numpy(columns), tokens, len(front) + np.arange(len(chosen)))
+
+
+def _ways(layout: Layout, units: Sequence[Unit], choices: Sequence[_Choice]) -> list[int | np.ndarray]:
+    """What `Layout.shorten` wants: per block, in its order, the columns kept or their number."""
+    ways: dict[Block, int | np.ndarray] = {}
+    for unit, choice in zip(units, choices, strict=True):
+        for block, first in unit.parts():
+            way = choice.way
+            if len(unit.blocks) > 1:
+                way = way[(first <= way) & (way < first + block.length)] - first
+            ways[block] = way
+    return [ways[block] for block in layout.blocks()]
+
+
+def _report(stage: Stage, items: Sequence[Unit], units: Sequence[Unit], choices: Sequence[_Choice]) -> StageRun:
+    """What was kept of every image or video, whichever way the stage pooled their tokens."""
+    kept: dict[tuple[int, int], list[Tensor]] = {(item.row, item.item): [] for item in items}
+    lengths = dict.fromkeys(kept, 0)
+    for unit, choice in zip(units, choices, strict=True):
+        whole = len({block.item for block in unit.blocks}) == 1
+        for block, first in [(unit, 0)] if whole else unit.parts():
+            key, last = (unit.row, block.item), first + block.length
+            indices = choice.indices
+            if not whole:
+                indices = torch.from_numpy(choice.way[(first <= choice.way) & (choice.way < last)] - first)
+            kept[key].append(indices + lengths[key] if lengths[key] else indices)
+            lengths[key] += block.length
+    parts = [torch.cat(part) if len(part) > 1 else part[0] if part else torch.arange(0) for part in kept.values()]
+    return StageRun(stage, tuple(items), tuple(lengths.values()), tuple(parts))
 
 
 def _equal(keys: Sequence[Any]) -> list[list[int]]:
@@ -462,13 +570,6 @@ def _equal(keys: Sequence[Any]) -> list[list[int]]:
         if key is not None:
             groups.setdefault(key, []).append(index)
     return list(groups.values())
-
-
-def _span(blocks: Sequence[Block], inside: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Row and column indices (M, n) of the columns `inside` (n,) of every block."""
-    rows = np.array([[block.row] for block in blocks])
-    columns = np.array([[block.start] for block in blocks]) + inside
-    return to_device(rows, device), to_device(columns, device)
 
 
 def _take(hidden: Tensor, source: Tensor) -> Tensor:

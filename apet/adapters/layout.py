@@ -1,11 +1,12 @@
-"""Where the images of a batch sit in its sequences, and how the columns move when tokens are dropped.
+"""Where the images and videos of a batch sit in its sequences, and how the columns move when tokens are dropped.
 
 Kept on the host: counts and block boundaries are needed to know tensor shapes, and following them here costs no further
 synchronisation. Which tokens survive stays on the device.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,20 +17,87 @@ NEWLINE = -1
 
 
 @dataclass(frozen=True)
+class Item:
+    """An encoded image or video on its way into the prompt.
+
+    Attributes:
+        segments: Tokens of its parts in prompt order: one part, or the frames of a video, or the tiles of an image.
+        lines: Roles of all its columns as `Layout.lines` codes them; None without newline or class tokens.
+        video: Whether it is a video.
+    """
+
+    segments: tuple[int, ...]
+    lines: np.ndarray | None = None
+    video: bool = False
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A numbered part of an image or video: which one it belongs to, and whether that is a video."""
+
+    item: int
+    video: bool = False
+
+
+@dataclass(frozen=True)
 class Block:
-    """Consecutive columns of one image in one row.
+    """Consecutive columns of one image, or of one part of it, in one row.
 
     Attributes:
         row: Sequence of the batch.
         start: First column.
         length: Number of visual tokens, newlines included.
-        item: Index of the image among the images of the call.
+        item: Index of the image or video among those of the call, in prompt order.
+        video: Whether it is a video.
+        segment: Number of the part.
     """
 
     row: int
     start: int
     length: int
     item: int
+    video: bool = False
+    segment: int = 0
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Blocks of one row that a stage chooses from together; positions count through their columns.
+
+    Attributes:
+        blocks: The blocks, in column order.
+        lines: (length,) roles of the columns as `Layout.lines` codes them, None without newline or class tokens.
+    """
+
+    blocks: tuple[Block, ...]
+    lines: np.ndarray | None = None
+
+    @property
+    def row(self) -> int:
+        """Sequence of the batch."""
+        return self.blocks[0].row
+
+    @property
+    def item(self) -> int:
+        """The (first) image or video."""
+        return self.blocks[0].item
+
+    @property
+    def length(self) -> int:
+        """Columns."""
+        return sum(block.length for block in self.blocks)
+
+    @property
+    def columns(self) -> np.ndarray:
+        """(length,) columns of the row."""
+        return np.concatenate([np.arange(block.start, block.start + block.length) for block in self.blocks])
+
+    def parts(self) -> Iterator[tuple[Block, int]]:
+        """Every block and the position at which it begins."""
+        first = 0
+        for block in self.blocks:
+            yield block, first
+            first += block.length
 
 
 @dataclass(frozen=True)
@@ -37,13 +105,16 @@ class Layout:
     """Role of every column of a batch.
 
     Attributes:
-        items: (B, L) int: the image's index for visual tokens, TEXT (-1), or PADDING (-2).
+        items: (B, L) int: number of the segment for visual tokens, TEXT (-1), or PADDING (-2).
         lines: (B, L) int, None if no image has newlines. A token of line i of its image has i, the newline that ends
-            the line has -(i + 2), everything else -1.
+            the line has -(i + 2), everything else -1. The class token of a frame is coded like a newline: it stays as
+            long as a token of its frame does.
+        segments: What every segment is; None where each is an image.
     """
 
     items: np.ndarray
     lines: np.ndarray | None = None
+    segments: tuple[Segment, ...] | None = None
 
     @property
     def length(self) -> int:
@@ -56,25 +127,57 @@ class Layout:
         return self.items != PADDING
 
     @property
+    def last_valid(self) -> np.ndarray:
+        """(B,) last column that is not padding."""
+        return self.length - 1 - np.argmax(self.valid[:, ::-1], axis=1)
+
+    @property
     def has_padding(self) -> bool:
         """Whether any column is padding."""
         return bool((self.items == PADDING).any())
 
     def blocks(self) -> list[Block]:
-        """The images of the batch, row by row in column order."""
+        """The images of the batch, or their parts, row by row in column order."""
         found = []
         for row, items in enumerate(self.items):
             edges = np.flatnonzero(np.diff(items)) + 1
             for start, end in zip([0, *edges], [*edges, len(items)], strict=True):
                 if start < end and items[start] >= 0:
-                    found.append(Block(row, int(start), int(end - start), int(items[start])))
+                    number = int(items[start])
+                    segment = Segment(number) if self.segments is None else self.segments[number]
+                    found.append(Block(row, int(start), int(end - start), segment.item, segment.video, number))
         return found
 
-    def block_lines(self, block: Block) -> np.ndarray | None:
-        """Lines (length,) of an image's columns; None for an image without newlines."""
+    def joined(self, parted: Callable[[Segment], bool]) -> "Layout":
+        """The layout with the adjacent parts of an item made one, except where `parted` says they stay apart."""
+        if self.segments is None:
+            return self
+        first: dict[int, int] = {}
+        numbers = [
+            number if parted(segment) else first.setdefault(segment.item, number)
+            for number, segment in enumerate(self.segments)
+        ]
+        if numbers == list(range(len(numbers))):
+            return self
+        return replace(self, items=np.where(self.items >= 0, np.array([*numbers, 0])[self.items], self.items))
+
+    def units(self, key: Callable[[Block], Any]) -> list[Unit]:
+        """The blocks of every row, those with equal keys in one unit."""
+        groups: dict[Any, list[Block]] = {}
+        for block in self.blocks():
+            groups.setdefault((block.row, key(block)), []).append(block)
+        return [Unit(tuple(blocks), self._unit_lines(blocks)) for blocks in groups.values()]
+
+    def _unit_lines(self, blocks: Sequence[Block]) -> np.ndarray | None:
+        """Lines of several blocks one after the other; those of different items get different numbers."""
         if self.lines is None:
             return None
-        lines = self.lines[block.row, block.start : block.start + block.length]
+        parts, items = [], sorted({block.item for block in blocks})
+        for block in blocks:
+            lines = self.lines[block.row, block.start : block.start + block.length]
+            shift = items.index(block.item) * self.length
+            parts.append(np.where(lines >= 0, lines + shift, np.where(lines <= -2, lines - shift, lines)))
+        lines = np.concatenate(parts)
         return lines if (lines <= -2).any() else None
 
     def with_lines(self, lines_of: Sequence[np.ndarray | None]) -> "Layout":
@@ -85,7 +188,7 @@ class Layout:
         for block in self.blocks():
             if lines_of[block.item] is not None:
                 lines[block.row, block.start : block.start + block.length] = lines_of[block.item][: block.length]
-        return Layout(self.items, lines)
+        return replace(self, lines=lines)
 
     def shorten(self, kept: Sequence[int | np.ndarray]) -> "Move":
         """Cut every block (in `blocks` order) and pack the rows to the right (left padding).
@@ -96,7 +199,7 @@ class Layout:
         """
         ways = iter(kept)
         blocks = {(block.row, block.start): block for block in self.blocks()}
-        sources = []
+        sources, places = [], []
         for row, items in enumerate(self.items):
             columns: list[int] = []
             column = 0
@@ -108,6 +211,7 @@ class Layout:
                     continue
                 way = next(ways)
                 inside = np.arange(way) if isinstance(way, int) else way
+                places.append((row, len(columns), len(inside)))
                 columns.extend((column + inside).tolist())
                 column += block.length
             sources.append(columns)
@@ -119,7 +223,8 @@ class Layout:
             valid[row, width - len(columns) :] = True
         items = np.where(valid, np.take_along_axis(self.items, source, 1), PADDING)
         lines = None if self.lines is None else np.where(valid, np.take_along_axis(self.lines, source, 1), -1)
-        return Move(source, Layout(items, lines))
+        starts = [np.arange(count) + first + width - len(sources[row]) for row, first, count in places]
+        return Move(source, replace(self, items=items, lines=lines), tuple(starts))
 
 
 @dataclass(frozen=True)
@@ -130,10 +235,12 @@ class Move:
         source: (B, L') int64 old column of every new one, 0 for padding. Where only a number of columns was given, the
             first columns of the block stand in.
         layout: The new layout.
+        places: New columns of every old block, in `blocks` order.
     """
 
     source: np.ndarray
     layout: Layout
+    places: tuple[np.ndarray, ...]
 
 
 def follows(lines: np.ndarray | None, keep: np.ndarray) -> np.ndarray:
@@ -144,43 +251,86 @@ def follows(lines: np.ndarray | None, keep: np.ndarray) -> np.ndarray:
     return (lines <= -2) & np.isin(-lines - 2, alive)
 
 
-def layout_from_ids(visual: np.ndarray, valid: np.ndarray, lengths: Sequence[int]) -> Layout:
+def layout_from_ids(
+    kinds: np.ndarray, valid: np.ndarray, items: Sequence[Sequence[Item]], by_run: bool = False
+) -> Layout:
     """Layout of prompts given as ids.
 
     Args:
-        visual: (B, L) bool, True on placeholders.
+        kinds: (B, L) int: number of the placeholder's kind (image 0, video 1), -1 for text.
         valid: (B, L) bool, False on padding.
-        lengths: Visual tokens of every encoded image, in order. Beam search repeats each row: then the images of a row
-            serve all its copies, and the batch holds a multiple of the placeholders that `lengths` needs.
+        items: Per kind the encoded images or videos, in order. Beam search repeats each row: then the images of a row
+            serve all its copies, and the batch holds a multiple of the placeholders that `items` need.
+        by_run: Items that touch are parts of one.
 
     Raises:
         ValueError: The placeholders are not those of the images.
     """
-    visual = visual & valid
-    items = np.where(valid, TEXT, PADDING).astype(np.int64)
-    found, needed = int(visual.sum()), sum(lengths)
-    if found == 0:
-        return Layout(items)
-    if needed == 0 or found % needed:
-        raise ValueError(
-            f"the prompts hold {found} image placeholders, but the encoded images have {list(lengths)} tokens; an "
-            "image was cut in two (prefill_chunk_size splits prompts: leave it out) or its placeholder was not expanded"
-        )
-    repeats, image, before = found // needed, 0, 0
-    for row in range(items.shape[0]):
-        image = before if row % repeats else image
-        before = image
-        columns = np.flatnonzero(visual[row])
+    kinds = np.where(valid, kinds, -1)
+    roles = np.where(valid, TEXT, PADDING).astype(np.int64)
+    lines = np.full(roles.shape, -1, dtype=np.int64)
+    repeats = max((_repeats(kinds, kind, known) for kind, known in enumerate(items)), default=0)
+    if repeats == 0:
+        return Layout(roles)
+    parts = [
+        [(number, item, size, first) for number, item in enumerate(known) for size, first in _parts(item)]
+        for known in items
+    ]
+    segments: list[Segment] = []
+    numbers: dict[tuple[int, int], int] = {}
+    owners: dict[tuple[int, int], int] = {}
+    cursor, before, count = [0] * len(items), [0] * len(items), 0
+    for row in range(roles.shape[0]):
+        cursor = list(before) if row % repeats else cursor
+        before = list(cursor)
+        columns, end = np.flatnonzero(kinds[row] >= 0), -1
         while len(columns):
-            length = lengths[image] if image < len(lengths) else 0
-            if not 0 < length <= len(columns) or columns[length - 1] - columns[0] != length - 1:
+            start = int(columns[0])
+            kind = int(kinds[row, start])
+            part = cursor[kind]
+            number, item, size, first = parts[kind][part] if part < len(parts[kind]) else (part, None, 0, 0)
+            place = slice(start, start + size)
+            if (
+                not 0 < size <= len(columns)
+                or (kinds[row, place] != kind).any()
+                or columns[size - 1] != start + size - 1
+            ):
+                name = "video" if item is not None and item.video else "image"
                 raise ValueError(
-                    f"row {row} does not hold the {length} consecutive placeholders of image {image}; an image was cut "
+                    f"row {row} does not hold the {size} consecutive placeholders of {name} {number}; an image was cut "
                     "in two (prefill_chunk_size splits prompts: leave it out) or images and prompts do not match"
                 )
-            items[row, columns[:length]] = image
-            columns, image = columns[length:], image + 1
-    return Layout(items)
+            if (kind, part) not in numbers:
+                if by_run and start == end:
+                    owners[kind, number] = segments[-1].item
+                elif (kind, number) not in owners:
+                    owners[kind, number], count = count, count + 1
+                numbers[kind, part] = len(segments)
+                segments.append(Segment(owners[kind, number], item.video))
+            roles[row, place] = numbers[kind, part]
+            if item.lines is not None:
+                lines[row, place] = item.lines[first : first + size]
+            columns, cursor[kind], end = columns[size:], part + 1, start + size
+    return Layout(roles, lines if (lines != -1).any() else None, tuple(segments))
+
+
+def _parts(item: Item) -> Iterator[tuple[int, int]]:
+    """Length and first column of every part of an item."""
+    return zip(item.segments, np.cumsum([0, *item.segments[:-1]]).tolist(), strict=True)
+
+
+def _repeats(kinds: np.ndarray, kind: int, items: Sequence[Item]) -> int:
+    """How often the prompts hold the items of a kind."""
+    found, needed = int((kinds == kind).sum()), sum(sum(item.segments) for item in items)
+    if found == 0:
+        return 0
+    if needed == 0 or found % needed:
+        raise ValueError(
+            f"the prompts hold {found} {'video' if kind else 'image'} placeholders, but those encoded have "
+            f"{[sum(item.segments) for item in items]} tokens; an image was cut in two (prefill_chunk_size splits "
+            "prompts: leave it out) or its placeholder was not expanded"
+        )
+    return found // needed
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:

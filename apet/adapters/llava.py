@@ -11,6 +11,8 @@ class Llava(Adapter):
 
     family = "llava"
     model_types = ("llava",)
+    classes = ("LlavaForConditionalGeneration",)
+    proof = ("tests/test_patch_reference.py",)
 
     @property
     def projector(self) -> nn.Module:

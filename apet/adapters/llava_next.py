@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from apet.adapters.base import Removable, register
+from apet.adapters.base import InstanceAttribute, Removable, register
 from apet.adapters.llava import Llava
 from apet.adapters.vision import ImageLayout, VisionStage
 
@@ -19,6 +19,8 @@ class LlavaNext(Llava):
 
     family = "llava_next"
     model_types = ("llava_next",)
+    classes = ("LlavaNextForConditionalGeneration",)
+    proof = ("tests/test_patch_llava_next.py",)
     single_crop = False
 
     def attach_encoder(self, vision: VisionStage) -> list[Removable]:
@@ -33,7 +35,7 @@ class LlavaNext(Llava):
                 return original(pixel_values, image_sizes, *args, **kwargs)
 
         base.get_image_features = announced
-        return [_InstanceAttribute(base, "get_image_features")]
+        return [InstanceAttribute(base, "get_image_features")]
 
     def _layouts(self, image_sizes: Tensor | Sequence[Sequence[int]]) -> list[ImageLayout]:
         """Layout of every image, read off by letting the host arrange the numbers of the rows (newline: -1)."""
@@ -50,14 +52,3 @@ class LlavaNext(Llava):
             (packed,), _ = self.base_model.pack_image_features([numbers], [size], strategy, image_newline=newline)
             layouts.append(ImageLayout(crops, rows, packed.flatten().long().numpy()))
         return layouts
-
-
-class _InstanceAttribute:
-    """An attribute set over a method; removing it uncovers the method."""
-
-    def __init__(self, owner: Any, name: str) -> None:
-        self._owner, self._name = owner, name
-
-    def remove(self) -> None:
-        """Delete the attribute."""
-        delattr(self._owner, self._name)

@@ -1,0 +1,43 @@
+"""Video-LLaVA: images of 256 tokens, and videos as frames of a class token and 256 patches, one after the other."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from apet.adapters.base import Adapter, register
+from apet.adapters.layout import Item
+
+_CLASS_TOKEN = -2
+
+
+@register
+class VideoLlava(Adapter):
+    """`VideoLlavaForConditionalGeneration`. The class token of a frame stays as long as one of its patches does."""
+
+    family = "video_llava"
+    model_types = ("video_llava",)
+    classes = ("VideoLlavaForConditionalGeneration",)
+    videos = "frames in one block, each with its class token"
+    proof = ("tests/test_patch_families.py",)
+
+    def image_items(self, features: Sequence[Tensor], given: Mapping[str, Any]) -> list[Item]:
+        """With the strategy "full" images have a class token too."""
+        strategy = given.get("vision_feature_select_strategy") or self.model.config.vision_feature_select_strategy
+        lines = _frame_lines(1, features.shape[1]) if strategy == "full" else None
+        return [Item((len(one),), lines) for one in features]
+
+    def video_items(self, features: Sequence[Tensor], given: Mapping[str, Any], per_frame: bool) -> list[Item]:
+        """Frames are the rows of the features, those of one video after those of the other."""
+        frames = given["pixel_values_videos"].shape[1]
+        length = features.shape[1]
+        segments = (length,) * frames if per_frame else (length * frames,)
+        return [Item(segments, _frame_lines(frames, length), True)] * (len(features) // frames)
+
+
+def _frame_lines(frames: int, length: int) -> np.ndarray:
+    """Lines of frames whose first token is the class token, as `Layout.lines` codes them."""
+    lines = np.repeat(np.arange(frames), length)
+    lines[::length] = _CLASS_TOKEN - np.arange(frames)
+    return lines
