@@ -62,10 +62,13 @@ def test_equals_the_reference(name, stages, attention):
 
 
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("positions", ["compact", "keep"])
+@pytest.mark.parametrize("stages", ["vision", "layer", "both"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_cache_kind_equals_the_reference(name, options):
-    check(name, "sdpa", [0], STAGES["both"], **options)
-    check(name, "sdpa", everything(name), STAGES["both"], **options)
+def test_every_cache_kind_equals_the_reference(name, stages, positions, options):
+    fields = STAGES[stages] | {"position_mode": positions}
+    check(name, "sdpa", [0], fields, **options)
+    check(name, "sdpa", everything(name), fields, **options)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +79,10 @@ def test_every_cache_kind_equals_the_reference(name, options):
         STAGES["both"] | {"budget_per": "prompt"},
         STAGES["both"] | {"budget_per": "image"},
         {"visual_token_num": 7, "layer_list": [2, 3], "image_token_list": [5, 3], "basis_token_num": 2},
+        {"visual_token_num": 13, "layer_list": [2], "image_token_list": [10], "basis_token_num": 2}
+        | {"position_mode": "compact"},
     ],
-    ids=["compact", "keep", "prompt", "image", "counts"],
+    ids=["compact", "keep", "prompt", "image", "counts", "some whole"],
 )
 @pytest.mark.parametrize("name", FAMILIES)
 def test_options_equal_the_reference(name, fields):
