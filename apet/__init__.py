@@ -1,19 +1,26 @@
-"""ApET: approximation-error guided compression of visual tokens for vision-language models."""
+"""ApET: approximation-error guided compression of visual tokens for vision-language models.
 
-from apet.adapters.vision import ImageLayout
-from apet.compressor import compress
-from apet.config import ApetConfig
-from apet.core.types import CompressedTokens
-from apet.patch import (
-    active_config,
-    apply_patch,
-    expecting_images,
-    last_result,
-    patched,
-    preset_config,
-    remove_patch,
-)
-from apet.result import CompressionResult, StageResult
+The public names are imported when they are first used: scoring an answers file needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from apet.adapters.vision import ImageLayout
+    from apet.compressor import compress
+    from apet.config import ApetConfig
+    from apet.core.types import CompressedTokens
+    from apet.patch import (
+        active_config,
+        apply_patch,
+        expecting_images,
+        last_result,
+        patched,
+        preset_config,
+        remove_patch,
+    )
+    from apet.result import CompressionResult, StageResult
 
 __version__ = "0.1.0"
 
@@ -32,3 +39,24 @@ __all__ = [
     "preset_config",
     "remove_patch",
 ]
+
+_HOMES = {
+    "ApetConfig": "apet.config",
+    "CompressedTokens": "apet.core.types",
+    "CompressionResult": "apet.result",
+    "ImageLayout": "apet.adapters.vision",
+    "StageResult": "apet.result",
+    "compress": "apet.compressor",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'apet' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value = getattr(import_module(_HOMES.get(name, "apet.patch")), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

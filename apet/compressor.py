@@ -39,7 +39,7 @@ def compress(
     Args:
         tokens: (B, N, D) floating point; computed in float32 (float64 stays float64), returned in its own dtype, never
             modified.
-        keep: Tokens kept per sample, at least 1. `keep` >= N returns the tokens unchanged.
+        keep: Tokens kept per sample, at least 1. `keep` >= N returns the tokens unchanged (without their padding).
         basis: Basis tokens k. With "overwrite" and "blend" at most `keep` - 1 are used, so that a receiver remains.
         basis_selection: "fps" (farthest-point sampling), "dpc" (density-peak cluster means) or "random".
         start: First token of "fps": an index or a (B,) tensor; None is the token farthest from the mean.
@@ -61,7 +61,7 @@ def compress(
 
     Raises:
         ValueError: An argument is out of range, or with `validate` a value is.
-        TypeError: `tokens` is not a floating point tensor, or `keep` or `basis` is not an int.
+        TypeError: `tokens` is not a floating point tensor, or `keep`, `basis` or `start` is not an int.
     """
     _check_arguments(tokens, keep, basis, basis_selection, start, ridge, slots, insertion, mask)
     if validate:
@@ -69,18 +69,16 @@ def compress(
     with torch.autocast(tokens.device.type, enabled=False):
         x = tokens.to(torch.float64 if tokens.dtype == torch.float64 else torch.float32)
         n = x.shape[1]
-        if keep >= n:
-            picks = select_basis(x, min(basis, n), basis_selection, start=start, mask=mask, generator=generator)
-            return _identity(tokens, _masked_errors(x, picks, ridge, mask), picks.indices)
+        if keep >= n and mask is None:
+            picks = select_basis(x, min(basis, n), basis_selection, start=start, generator=generator)
+            return _identity(tokens, approximation_errors(x, picks, ridge), picks.indices)
+        keep = min(keep, n)
         k = min(basis, keep - 1) if insertion in ("overwrite", "blend") else min(basis, n)
         picks = select_basis(x, k, basis_selection, start=start, mask=mask, generator=generator)
-        errors = _masked_errors(x, picks, ridge, mask)
+        errors = approximation_errors(x, picks, ridge)
+        if mask is not None:
+            errors = errors.masked_fill(~mask, -torch.inf)
         return _keep_and_merge(tokens, x, keep, picks, errors, slots, insertion, merge, mask)
-
-
-def _masked_errors(x: Tensor, picks: Basis, ridge: float, mask: Tensor | None) -> Tensor:
-    errors = approximation_errors(x, picks, ridge)
-    return errors if mask is None else errors.masked_fill(~mask, -torch.inf)
 
 
 def _identity(tokens: Tensor, errors: Tensor, basis: Tensor) -> CompressedTokens:
@@ -107,7 +105,7 @@ def _keep_and_merge(
     rank = torch.arange(keep, device=x.device).expand_as(kept)
     real = None if mask is None else mask.gather(1, kept)
 
-    slot_count = _slot_count(picks, insertion, real)
+    slot_count = _slot_count(picks, keep, insertion, mask)
     is_slot = rank >= keep - slot_count
     if merge:
         donors = gather_rows(x, dropped)
@@ -133,14 +131,14 @@ def _keep_and_merge(
     return CompressedTokens(features.to(tokens.dtype), indices, errors.float(), picks.indices, sources)
 
 
-def _slot_count(picks: Basis, insertion: str, real: Tensor | None) -> Tensor:
+def _slot_count(picks: Basis, keep: int, insertion: str, mask: Tensor | None) -> Tensor:
     """Slots (B, 1) that take a basis feature: the valid picks, none where all real tokens of a sample are kept."""
     count = picks.valid.sum(-1, keepdim=True)
     if insertion in ("append", "none"):
         return torch.zeros_like(count)
-    if real is None:
+    if mask is None:
         return count
-    return torch.where(real.all(-1, keepdim=True), count, 0)
+    return torch.where(mask.sum(-1, keepdim=True) > keep, count, 0)
 
 
 def _insert_basis(
@@ -192,8 +190,8 @@ def _check_arguments(tokens, keep, basis, basis_selection, start, ridge, slots, 
             raise TypeError(f"{name} must be an int, got {value!r}")
         if value < least:
             raise ValueError(f"{name}={value} is too small; it must be at least {least}")
-    if not ridge >= 0:
-        raise ValueError(f"ridge={ridge} must not be negative")
+    if not isinstance(ridge, (int, float)) or not 0 <= ridge < float("inf"):
+        raise ValueError(f"ridge={ridge!r} must be a finite number of at least 0")
     for name, value, allowed in (
         ("basis_selection", basis_selection, BASIS_SELECTIONS),
         ("slots", slots, SLOTS),
@@ -202,13 +200,17 @@ def _check_arguments(tokens, keep, basis, basis_selection, start, ridge, slots, 
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
     batch, n = tokens.shape[:2]
+    is_index = not start.dtype.is_floating_point if isinstance(start, Tensor) else type(start) is int
+    if start is not None and not is_index:
+        raise TypeError(f"start must be None, an int or a tensor of ints, got {start!r}")
     if isinstance(start, Tensor):
         if start.shape not in (torch.Size([]), torch.Size([1]), torch.Size([batch])):
             raise ValueError(f"start must have shape ({batch},), one index per sample, got {tuple(start.shape)}")
     elif start is not None and not 0 <= start < n:
         raise ValueError(f"start={start} is not one of the {n} tokens; choose 0..{n - 1}")
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != tokens.shape[:2]):
-        raise ValueError(f"mask must be bool of shape {(batch, n)}, got {mask.dtype} {tuple(mask.shape)}")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.shape == (batch, n)):
+        kind = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask must be a bool tensor of shape {(batch, n)}, got {kind}")
 
 
 def _check_values(tokens: Tensor, start: int | Tensor | None, mask: Tensor | None) -> None:

@@ -236,8 +236,8 @@ def check_not_growing(budgets: Sequence[tuple[str, Any]]) -> None:
             continue
         if previous is not None and budget > previous[1]:
             raise ValueError(
-                f"budgets must not grow from stage to stage: {name} keeps {budget} tokens but {previous[0]} leaves only "
-                f"{previous[1]}"
+                f"budgets must not grow from stage to stage: {name} keeps {budget} tokens but {previous[0]} leaves "
+                f"only {previous[1]}"
             )
         previous = (name, budget)
 

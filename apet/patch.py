@@ -188,19 +188,21 @@ def _build_stages(adapter: Adapter, config: ApetConfig) -> tuple[VisionStage | N
         _refuse_sliding_window(adapter)
     vision, stages = None, []
     published = config.compat == "published"
-    vision_select = selector(config, "vision", adapter.preset.vision)
+    vision_select = None
+    if vision_budget is not None or config.video_token_num is not None:
+        vision_select = selector(config, "vision", adapter.preset.vision, num_layers=num_layers, available=())
     if adapter.projector is not None:
         per_image = config.budget_per == "image"
         vision = VisionStage(adapter.projector, vision_budget, vision_select, per_image, published)
     if vision is not None and vision_budget is not None:
         stages.append(Stage("vision", 0, vision_budget, None))
-    elif vision is None and (vision_budget is not None or config.video_token_num is not None):
+    elif vision is None and vision_select is not None:
         stages.append(_embedded_stage(adapter, config, vision_select))
-    llm_select = selector(config, "llm", adapter.preset.llm) if config.layer_list else None
     window = vision_budget if published else None
     pool = "prompt" if config.budget_per == "prompt" else "item"
     for layer, budget in zip(config.layer_list, layer_budgets, strict=True):
-        stages.append(Stage(f"layer {layer}", layer, budget, llm_select, window, pool))
+        select = selector(config, "llm", adapter.preset.llm, layer=layer, num_layers=num_layers, available=())
+        stages.append(Stage(f"layer {layer}", layer, budget, select, window, pool))
         window = budget if published else None
     return vision, stages
 
@@ -213,7 +215,7 @@ def _embedded_stage(adapter: Adapter, config: ApetConfig, select: Selector) -> S
     videos = None
     if adapter.videos is not None:
         per_frame = _per_frame(adapter, config)
-        video_select = selector(config, "vision", adapter.preset.frame) if per_frame else select
+        video_select = selector(config, "vision", adapter.preset.frame, available=()) if per_frame else select
         video_budget = budget if config.video_token_num is None else config.video_token_num
         videos = Stage("vision", 0, video_budget, video_select, pool="segment" if per_frame else "item")
     return Stage("vision", 0, budget, select, pool="segment" if config.budget_per == "crop" else "item", videos=videos)

@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import _checkout  # noqa: F401
+
 from apet.eval.benchmarks.mme import convert
 from apet.eval.scoring_cli import Parser, add_duplicates_flag, run
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import _checkout  # noqa: F401
+
 from apet.eval.benchmarks.gqa import convert
 from apet.eval.scoring_cli import Parser, run
 

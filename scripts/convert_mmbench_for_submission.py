@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import _checkout  # noqa: F401
+
 from apet.eval.benchmarks.mmbench import convert
 from apet.eval.scoring_cli import Parser, add_duplicates_flag, run
 

@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import _checkout  # noqa: F401
+
 from apet.eval.benchmarks.scienceqa_convert import DEFAULT_FORMAT, convert
 from apet.eval.scoring_cli import Parser, run
 

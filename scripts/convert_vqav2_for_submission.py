@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import _checkout  # noqa: F401
+
 from apet.eval.benchmarks.vqav2 import VqaV2
 from apet.eval.scoring_cli import Parser, run, upload
 

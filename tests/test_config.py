@@ -61,6 +61,7 @@ REFUSED = [
     ({"fps_start": "nearest"}, "fps_start='nearest' must be 'farthest' or a token index"),
     ({"fps_start": -1}, "fps_start=-1"),
     ({"fps_start": True}, "fps_start=True"),
+    ({"compat": "original"}, "compat='original' is unknown; choose published"),
     ({"position_mode": "absolute"}, "position_mode='absolute' is unknown; choose auto, compact, keep"),
 ]
 

@@ -25,7 +25,7 @@ class Layer:
 
 ALGORITHM = ("apet.config", "apet.core", "apet.kernels", "apet.compressor")
 MODEL_SIDE = (*ALGORITHM, "apet.methods", "apet.adapters", "apet.result")
-LIBRARY = (*MODEL_SIDE, "apet.patch", "apet.cost", "apet.vis")
+LIBRARY = (*MODEL_SIDE, "apet.patch", "apet.cost")
 PUBLIC = ("apet", "torch", "transformers")
 
 LAYERS = (
@@ -40,10 +40,10 @@ LAYERS = (
     Layer("apet.patch", MODEL_SIDE, ("torch", "transformers")),
     Layer("apet.families", ("apet.config", "apet.adapters")),
     Layer("apet.cost", (*MODEL_SIDE, "apet.patch"), ("torch",)),
-    Layer("apet.vis", ("apet.config", "apet.core", "apet.result"), ("torch", "PIL", "numpy")),
+    Layer("apet.vis", ("apet",), ("torch", "PIL", "numpy")),
     Layer("apet.bench", ("apet",), ("torch", "transformers", "numpy", "tqdm")),
-    Layer("apet.compare", ("apet",), ("torch", "transformers", "numpy", "tqdm")),
-    Layer("apet.report", ("apet.eval",)),
+    Layer("apet.compare", ("apet",), ("torch", "transformers", "numpy", "tqdm", "matplotlib")),
+    Layer("apet.report", ("apet.eval",), ("matplotlib",)),
     Layer("apet.eval", (*LIBRARY, "apet.eval"), ("torch", "transformers", "PIL", "numpy", "tqdm", "shortuuid")),
     Layer("apet.eval.metrics"),
     Layer("apet.eval.benchmarks", ("apet.eval.benchmarks", "apet.eval.metrics"), ("numpy", "pandas", "openpyxl")),

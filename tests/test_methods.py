@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from core import noise
 
 import apet
 from apet import ApetConfig
@@ -16,10 +17,6 @@ TOKENS = ROWS * COLUMNS
 PRESET = FamilyPreset()
 KNOWN = method_names()
 STAGES = [(name, stage) for name in KNOWN for stage in get_method(name).stages]
-
-
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 class Inputs:

@@ -237,7 +237,7 @@ class TestRefused:
         ("fields", "message"),
         [
             ({"layer_list": [4], "image_token_list": [5]}, r"choose layers 1\.\.3"),
-            ({"visual_token_num": 5, "layer_list": [2], "image_token_list": [9]}, "must not grow.*keeps 9.*leaves only 5"),
+            ({"visual_token_num": 5, "layer_list": [2], "image_token_list": [9]}, "not grow.*keeps 9.*leaves only 5"),
             ({"visual_token_num": 9, "method": "aped"}, "Did you mean 'apet'"),
             ({"visual_token_num": [9, 9, 9]}, "3 budgets"),
             ({"visual_token_num": 9, "fps_start": 40}, "start=40 is not one of the 25 tokens"),

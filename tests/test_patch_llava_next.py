@@ -6,12 +6,14 @@ from tiny import IMAGE_ID, randomise
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
 import apet
+import apet.adapters
 from apet import ApetConfig
 
 SIDE, PER_SIDE = 70, 5
 # (height, width) as transformers wants them; grids of 2x2, 1x3 and 2x1 tiles, the last one with padding.
 SIZES = [(140, 140), (70, 200), (150, 60)]
 BOTH = ApetConfig(visual_token_num=8, layer_list=[2], image_token_list=[12], basis_token_num=3)
+PER_IMAGE = ApetConfig(visual_token_num=20, basis_token_num=3, budget_per="image")
 WHOLE = ApetConfig(visual_token_num=25, layer_list=[2], image_token_list=[2000], basis_token_num=3)
 
 
@@ -86,7 +88,7 @@ def test_budgets_mean_what_they_say(model):
         assert result.tokens_per_layer[sample] == [len(columns)] * 2 + [len(left)] * 2
 
 
-@pytest.mark.parametrize("config", [BOTH, ApetConfig(visual_token_num=20, basis_token_num=3, budget_per="image")], ids=str)
+@pytest.mark.parametrize("config", [BOTH, PER_IMAGE], ids=["crop", "image"])
 def test_a_batch_gives_what_its_rows_give_alone(model, config):
     with apet.patched(model, config):
         together = generate(model, inputs(model))

@@ -5,10 +5,12 @@ arranges the crops as it always does (tiles, unpadding, newlines) and its count 
 then drops the columns of the zero rows (`adapters.decoder`), which it finds through the record kept here.
 """
 
+import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,8 +19,20 @@ from torch import Tensor, nn
 from apet.adapters.layout import NEWLINE, follows, to_device
 from apet.core.types import CompressedTokens
 
-Select = Callable[..., CompressedTokens]
 Budget = int | float | Sequence[int] | None
+
+
+class Select(Protocol):
+    """A compression method bound to one stage.
+
+    Attributes:
+        features: Where a vision stage reads tokens: "pre_projector" or "post_projector".
+    """
+
+    features: str
+
+    def __call__(self, tokens: Tensor, keep: int, *, grid: tuple[int, int] | None = None) -> CompressedTokens:
+        """Reduce blocks (B, N, D) to `keep` rows; `grid` is (rows, columns) of a full raster."""
 
 
 @dataclass(frozen=True)
@@ -167,21 +181,19 @@ class VisionStage:
             )
         shown = np.concatenate([layout.shown for layout in layouts])
         counts = self._counts(features, layouts, shown)
-        self._local.rows = None
+        self._local.rows = self._local.delayed = None
         if all(count is None for count in counts):
             self._local.records = tuple(ImageRecord(layout, None) for layout in layouts)
             return args
-        rows, kept = self._compress(features, counts, shown)
-        self._local.rows, self._local.length = kept, length
-        first = np.cumsum([0, *(layout.crops for layout in layouts)])
-        self._local.records = tuple(
-            ImageRecord(layout, tuple(kept[start : start + layout.crops]), self._published)
-            for layout, start in zip(layouts, first[:-1], strict=True)
-        )
-        return (rows, *args[1:])
+        if self._select.features == "post_projector":
+            self._local.delayed = counts, layouts, shown
+            return args
+        return (self._compress(features, counts, layouts, shown), *args[1:])
 
     def _after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-        """Put the projected rows back in their places."""
+        """Put the projected rows back in their places, zeros between them."""
+        if self._local.delayed is not None:
+            output = self._compress(output, *self._local.delayed)
         kept = self._local.rows
         if kept is None:
             return output
@@ -225,9 +237,9 @@ class VisionStage:
         return counts
 
     def _compress(
-        self, features: Tensor, counts: Sequence[int | None], shown: np.ndarray
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Kept features (C, K, D), filled up with zeros, and the kept positions (K_c,) of every crop."""
+        self, features: Tensor, counts: Sequence[int | None], layouts: Sequence[ImageLayout], shown: np.ndarray
+    ) -> Tensor:
+        """Kept features (C, K, D), filled up with zeros; records the kept positions (K_c,) of every crop."""
         real = np.ones_like(shown) if self._published else shown
         limits = real.sum(1).tolist()
         sizes = [limit if count is None else count for count, limit in zip(counts, limits, strict=True)]
@@ -238,12 +250,24 @@ class VisionStage:
             count = sizes[members[0]]
             block = features[rows, places]
             if count < places.shape[1]:
-                result = self._select(block, count)
+                result = self._select(block, count, grid=_grid(places.shape[1], features.shape[1]))
                 block, places = result.tokens, places.gather(1, result.indices)
             kept_rows[members, :count] = block
             for position, crop in enumerate(members):
                 kept[crop] = places[position]
-        return kept_rows, kept
+        self._local.rows, self._local.length = kept, features.shape[1]
+        first = np.cumsum([0, *(layout.crops for layout in layouts)])
+        self._local.records = tuple(
+            ImageRecord(layout, tuple(kept[start : start + layout.crops]), self._published)
+            for layout, start in zip(layouts, first[:-1], strict=True)
+        )
+        return kept_rows
+
+
+def _grid(rows: int, length: int) -> tuple[int, int] | None:
+    """(rows, columns) of a crop whose patches all take part; None for a part of one, or one with a CLS row."""
+    side = math.isqrt(rows)
+    return (side, side) if rows == length and side * side == rows else None
 
 
 def _equal_crops(real: np.ndarray, counts: Sequence[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,7 +1,10 @@
 """Fold dropped tokens into their most similar kept token.
 
-ApET (arXiv 2602.19870) section 3: each dropped token goes to the kept token of largest cosine similarity; a kept token becomes the
-unweighted mean of itself and everything it received.
+ApET (arXiv 2602.19870) section 3: each dropped token goes to the kept token of largest cosine similarity; a kept token
+becomes the unweighted mean of itself and everything it received.
+
+Matrix products are taken in float64 and then rounded: the result does not depend on the matrix kernel, the batch size
+or the TF32 setting, and equal tokens tie exactly.
 """
 
 import torch
@@ -20,14 +23,14 @@ def nearest_receivers(donors: Tensor, receivers: Tensor, allowed: Tensor) -> Ten
     """
     # A donor's own norm scales its whole row of similarities and cannot change the largest.
     unit = receivers / receivers.norm(dim=-1, keepdim=True).clamp(min=_EPS)
-    similarity = donors @ unit.transpose(1, 2)
+    similarity = (donors.double() @ unit.double().transpose(1, 2)).float()
     return similarity.masked_fill(~allowed.unsqueeze(1), -torch.inf).argmax(-1)
 
 
 def merge_into(receivers: Tensor, donors: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean (B, K, D) of every receiver and the donors assigned to it; receivers without donors are returned unchanged.
 
-    The sum is a product with the one-hot assignment: deterministic on every device, accumulated in the tokens' dtype.
+    The sum is a product with the one-hot assignment: deterministic on every device.
 
     Args:
         receivers: (B, K, D).
@@ -36,10 +39,10 @@ def merge_into(receivers: Tensor, donors: Tensor, target: Tensor, weight: Tensor
         weight: (B, M) 1 for donors that count and 0 for those that do not; None if all count.
     """
     rows = torch.arange(receivers.shape[1], device=target.device).view(1, -1, 1)
-    assignment = (target.unsqueeze(1) == rows).to(donors.dtype)
+    assignment = (target.unsqueeze(1) == rows).double()
     if weight is not None:
         assignment = assignment * weight.unsqueeze(1)
         donors = torch.where(weight.unsqueeze(-1) > 0, donors, 0)
     received = assignment.sum(-1, keepdim=True)
-    merged = (receivers + assignment @ donors) / (1 + received)
-    return torch.where(received > 0, merged, receivers)
+    merged = torch.baddbmm(receivers.double(), assignment, donors.double()) / (1 + received)
+    return torch.where(received > 0, merged.to(receivers.dtype), receivers)

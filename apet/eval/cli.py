@@ -10,6 +10,9 @@ from apet.eval.runner import RunOptions
 from apet.eval.scoring_cli import Parser
 from apet.methods import method_names
 
+# Tokens of an image in LLaVA-1.5: as a budget it keeps everything.
+ALL_TOKENS = 576
+
 
 def add_data_flags(parser: Parser, question_file: str) -> None:
     """Question, answer and image files, and sharding."""
@@ -36,7 +39,9 @@ def add_runner_flags(parser: Parser) -> None:
 def add_compression_flags(parser: Parser) -> None:
     """Budgets and method. Without them nothing is compressed."""
     group = parser.add_argument_group("visual-token compression")
-    group.add_argument("--visual_token_num", type=int, default=576, help="tokens per image after the vision stage")
+    group.add_argument(
+        "--visual_token_num", type=int, default=ALL_TOKENS, help="tokens per image after the vision stage"
+    )
     group.add_argument("--layer_list", type=str, default=None, help="decoder layers after which to cut, like '[16]'")
     group.add_argument("--image_token_list", type=str, default=None, help="tokens per image left there, like '[32]'")
     group.add_argument("--image_token_ratio", type=float, default=None, help="vision stage as a share of the tokens")
@@ -61,8 +66,10 @@ def config_from_flags(args: argparse.Namespace) -> ApetConfig:
         ValueError: As `ApetConfig`, or a list that is not a literal.
     """
     ratio = None if args.image_token_ratio in (None, 1.0) else args.image_token_ratio
+    # The flag's default means "all tokens"; the method "none" takes no budget at all.
+    whole = ratio is not None or (args.method == "none" and args.visual_token_num == ALL_TOKENS)
     return ApetConfig(
-        visual_token_num=None if ratio is not None else args.visual_token_num,
+        visual_token_num=None if whole else args.visual_token_num,
         image_token_ratio=ratio,
         layer_list=parse_list(args.layer_list, "--layer_list"),
         image_token_list=parse_list(args.image_token_list, "--image_token_list"),

@@ -1,49 +1,93 @@
-"""What a compression method is, and the registry of them.
+"""What a compression method is, what it may ask for, and the registry.
 
 A method decides which tokens of a block survive and with which content. It sees token blocks only: no model, no
-family. The patch asks it once per stage and group of equally long blocks.
+family. The patch asks it once per stage and group of equally long blocks, and hands it the few things it declared
+(`Method.needs`): one attention row, keys, text.
 """
 
+import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from apet.config import ApetConfig, StagePreset
 from apet.core.types import CompressedTokens
-
-
-@dataclass(frozen=True)
-class StageContext:
-    """What the patch knows about the blocks it hands over.
-
-    Attributes:
-        stage: "vision" or "llm".
-        preset: The family's settings for this stage.
-        config: The user's configuration.
-    """
-
-    stage: str
-    preset: StagePreset
-    config: ApetConfig
+from apet.methods.context import INPUTS, StageContext, StageInputs, missing_input
 
 
 class Method:
-    """Base class of compression methods; subclasses set `name` and implement `select`.
+    """Base class of compression methods: frozen dataclasses whose fields are the hyper-parameters.
+
+    Layers of `needs_cls_attention` and `needs_vision_keys` index the vision tower; those of the decoder inputs count
+    from the stage: 0 is the layer about to run, -1 the one before.
 
     Attributes:
         name: Lower-case name users type.
+        paper: Name of the paper or origin.
+        arxiv: Its arXiv number, "" if it has none.
+        idea: One line for the table of methods.
         stages: Stages at which the method can run.
+        features: Where its vision stage reads tokens: "pre_projector" or "post_projector".
     """
 
     name: ClassVar[str]
+    paper: ClassVar[str] = ""
+    arxiv: ClassVar[str] = ""
+    idea: ClassVar[str] = ""
     stages: ClassVar[tuple[str, ...]] = ("vision", "llm")
+    features: ClassVar[str] = "pre_projector"
+
+    needs_cls_attention: ClassVar[tuple[int, ...]] = ()
+    needs_vision_keys: ClassVar[tuple[int, ...]] = ()
+    needs_vision_features: ClassVar[bool] = False
+    needs_clip_relevance: ClassVar[bool] = False
+    needs_text_embeddings: ClassVar[bool] = False
+    needs_image_embeddings: ClassVar[bool] = False
+    needs_text_hidden: ClassVar[bool] = False
+    needs_attention_row: ClassVar[tuple[int, ...]] = ()
+    needs_text_attention: ClassVar[tuple[int, ...]] = ()
+    needs_keys: ClassVar[tuple[int, ...]] = ()
+    needs_text_keys: ClassVar[tuple[int, ...]] = ()
+    needs_final_norm: ClassVar[bool] = False
 
     def select(self, tokens: Tensor, keep: int, context: StageContext) -> CompressedTokens:
         """Reduce blocks (B, N, D) to exactly `keep` rows each, 1 <= keep < N, `indices` ascending."""
         raise NotImplementedError
+
+    def needs(self, stage: str) -> dict[str, tuple[int, ...]]:
+        """Inputs the method asks for at a stage, by name, with their layers (empty where there is no layer)."""
+        declared = {name: getattr(self, f"needs_{name}") for name, (at, _) in INPUTS.items() if stage in at}
+        return {name: need if isinstance(need, tuple) else () for name, need in declared.items() if need}
+
+    def plan(self, average: float, tokens: int, layers: int) -> dict[str, Any]:
+        """Budget fields of `ApetConfig` that spend `average` tokens per decoder layer as the method was published.
+
+        Args:
+            average: Visual tokens per image, averaged over the decoder layers.
+            tokens: Visual tokens of an uncompressed image.
+            layers: Decoder layers.
+
+        Raises:
+            ValueError: The method's stages cannot reach this average.
+        """
+        return {} if average >= tokens else {"visual_token_num": max(1, round(average))}
+
+
+def token_sizes(result: CompressedTokens, sizes: Tensor | None = None) -> Tensor:
+    """(B, K) float32 image tokens that each output row stands for: 1 for a token that was kept as it is.
+
+    Args:
+        result: What a method returned.
+        sizes: (B, N) sizes of the rows that entered; None if every row stood for one token.
+    """
+    weight = torch.ones_like(result.sources, dtype=torch.float32) if sizes is None else sizes.float()
+    weight = torch.where(result.sources >= 0, weight, 0)
+    rows = torch.zeros(result.indices.shape, device=weight.device)
+    return rows.scatter_add(1, result.sources.clamp(min=0), weight)
 
 
 _METHODS: dict[str, type[Method]] = {}
@@ -64,15 +108,19 @@ def method_names() -> list[str]:
     return sorted(_METHODS)
 
 
-def get_method(name: str) -> Method:
-    """The method registered under `name`.
+def get_method(name: str, **options: Any) -> Method:
+    """The method registered under `name`, with hyper-parameters other than the published ones.
 
     Raises:
-        ValueError: Unknown name; the message gives the nearest and the available ones.
+        ValueError: Unknown name or option, or an option out of range; the message gives the available ones.
     """
     if name not in _METHODS:
         raise ValueError(unknown_name("method", name, method_names()))
-    return _METHODS[name]()
+    known = [field.name for field in dataclasses.fields(_METHODS[name])]
+    for option in options:
+        if option not in known:
+            raise ValueError(unknown_name(f"option of method {name!r}:", option, known or ["none at all"]))
+    return _METHODS[name](**options)
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> str:
@@ -82,20 +130,73 @@ def unknown_name(kind: str, name: str, known: list[str]) -> str:
     return f"unknown {kind} {name!r}.{hint} Available: {', '.join(known)}"
 
 
-Selector = Callable[[Tensor, int], CompressedTokens]
+@dataclass(frozen=True)
+class Selector:
+    """A method bound to one stage of one configuration: a function of (blocks, keep).
+
+    Attributes:
+        method: The method with its hyper-parameters.
+        context: What is known before the first call.
+    """
+
+    method: Method
+    context: StageContext
+
+    @property
+    def needs(self) -> dict[str, tuple[int, ...]]:
+        """Inputs the method will ask for at this stage; see `Method.needs`."""
+        return self.method.needs(self.context.stage)
+
+    @property
+    def features(self) -> str:
+        """Where the vision stage must take its tokens: "pre_projector" or "post_projector"."""
+        return self.method.features
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        keep: int,
+        *,
+        grid: tuple[int, int] | None = None,
+        sizes: Tensor | None = None,
+        inputs: StageInputs | None = None,
+    ) -> CompressedTokens:
+        """Reduce blocks (B, N, D) to `keep` rows; the keywords are fields of `StageContext`."""
+        context = dataclasses.replace(self.context, grid=grid, sizes=sizes, inputs=inputs)
+        with torch.autocast(tokens.device.type, enabled=False):
+            return self.method.select(tokens, keep, context)
 
 
-def selector(config: ApetConfig, stage: str, preset: StagePreset) -> Selector:
+def selector(
+    config: ApetConfig,
+    stage: str,
+    preset: StagePreset,
+    *,
+    layer: int = 0,
+    num_layers: int = 0,
+    options: Mapping[str, Any] | None = None,
+    available: Collection[str] | None = None,
+) -> Selector:
     """The configured method as a function of (blocks, keep) for one stage.
 
+    Args:
+        config: The user's configuration; `config.method` names the method.
+        stage: "vision" or "llm".
+        preset: The family's settings for the stage.
+        layer: Decoder layers that run before the stage.
+        num_layers: Decoder layers of the model.
+        options: Hyper-parameters that differ from the published ones.
+        available: Names of the inputs (`INPUTS`) the model can provide; None to find out when they are asked for.
+
     Raises:
-        ValueError: Unknown method, or one that cannot run at this stage.
+        ValueError: Unknown method or option, a method that cannot run at this stage, or one that needs what the model
+            cannot provide.
     """
-    method = get_method(config.method)
+    method = get_method(config.method, **(options or {}))
     if stage not in method.stages:
-        raise ValueError(
-            f"method {method.name!r} has no {stage} stage (it runs at: {', '.join(method.stages)}); "
-            "leave that stage out of the budgets"
-        )
-    context = StageContext(stage, preset, config)
-    return lambda tokens, keep: method.select(tokens, keep, context)
+        runs = f"it runs at: {', '.join(method.stages)}" if method.stages else "it keeps every token"
+        raise ValueError(f"method {method.name!r} has no {stage} stage ({runs}); leave that stage out of the budgets")
+    for name, layers in method.needs(stage).items():
+        if available is not None and name not in available:
+            raise ValueError(missing_input(method.name, name, layers, stage, "the model does not provide it"))
+    return Selector(method, StageContext(stage, preset, config, layer, num_layers))

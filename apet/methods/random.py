@@ -4,6 +4,8 @@ Keeps uniformly drawn tokens and drops the others, no merging. The draw depends 
 length only, so answers do not depend on batching; different seeds give different draws.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,10 +15,12 @@ from apet.methods.base import Method, StageContext, register
 
 
 @register
+@dataclass(frozen=True)
 class Random(Method):
     """Uniform selection without replacement."""
 
     name = "random"
+    idea = "tokens drawn uniformly without replacement"
 
     def select(self, tokens: Tensor, keep: int, context: StageContext) -> CompressedTokens:
         """Keep the same random positions in every block."""

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -23,7 +24,9 @@ _DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": 
 def add_model_flags(parser: Parser) -> None:
     """Which checkpoint, where, and in what precision."""
     parser.add_argument("--model-path", type=str, default="facebook/opt-350m", help="checkpoint folder or hub id")
-    parser.add_argument("--model-base", type=str, default=None, help="base model of a projector-only checkpoint")
+    parser.add_argument(
+        "--model-base", type=str, default=None, help="base model of a projector-only or LoRA checkpoint"
+    )
     parser.add_argument("--vision-tower", type=str, default=None, help="CLIP folder, instead of the one in config.json")
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="auto", help="auto: fp16 on a GPU, fp32 on a CPU")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -83,9 +86,7 @@ def load_model(args: argparse.Namespace) -> tuple:
     Raises:
         ValueError: The checkpoint is not a vision-language model.
     """
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = _default_device() if args.device == "auto" else args.device
     options = {"attn_implementation": args.attn_implementation} if args.attn_implementation else {}
     if _DTYPES[args.dtype] is not None:
         options["dtype"] = _DTYPES[args.dtype]
@@ -120,6 +121,13 @@ def _answer(args: argparse.Namespace, read: Callable[..., list[Question]] | None
     merge_ranks(options, wanted.answers_file)
     _print_summary(record, wanted.answers_file)
     return 0
+
+
+def _default_device() -> str:
+    """The GPU of this rank, all GPUs for a single process, or the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
 
 
 def _print_summary(record: RunRecord, answers_file: str) -> None:

@@ -1,27 +1,30 @@
 """Load a LLaVA checkpoint: `load_pretrained_model` with the signature LLaVA scripts call."""
 
+import importlib.util
 import logging
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, CLIPImageProcessorPil, GenerationConfig
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    CLIPImageProcessorPil,
+    GenerationConfig,
+)
 from transformers.utils import logging as transformers_logging
 
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
-from llava.model.checkpoint import (
-    Checkpoint,
-    is_llava,
-    load_tokenizer,
-    load_vision_weights,
-    open_checkpoint,
-    read_config,
-)
+from llava.model.checkpoint import Checkpoint, is_llava, key_mapping, load_tokenizer, open_checkpoint, read_config
+from llava.model.extra_weights import is_buffer, is_partial, load_trained_parts, load_vision_weights
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
 
 logger = logging.getLogger(__name__)
 
-# Modules that quantisation leaves alone: they are small, and the tower's weights come from another file.
+# Modules that quantisation leaves alone: they are small, and the tower's weights may come from another file.
 _NOT_QUANTISED = ["vision_tower", "multi_modal_projector", "lm_head"]
 
 
@@ -42,17 +45,18 @@ def load_pretrained_model(
 ) -> tuple[Any, torch.nn.Module, Any, int]:
     """Load tokenizer, model, image processor and context length.
 
-    The format is read from config.json: original LLaVA-1.5 or Hugging Face. The weights are placed shard by shard, so no
+    The format is read from config.json: original LLaVA or Hugging Face. The weights are placed tensor by tensor, so no
     second copy of them is held. The model is in evaluation mode, uncompressed; `apet.apply_patch` compresses it.
 
     Args:
         model_path: Checkpoint folder or hub id.
-        model_base: Base language model whose weights a projector-only checkpoint completes.
+        model_base: Base language model, for a checkpoint that holds only a projector (`mm_projector.bin`) or LoRA
+            adapters (`adapter_config.json`); adapters are merged into its weights.
         model_name: Name used in answers; the format never depends on it.
         load_8bit: Quantise with bitsandbytes.
         load_4bit: Quantise with bitsandbytes (nf4, double quantisation).
         device_map: As in transformers; a `device` other than "cuda" takes its place.
-        device: Device of the whole model. "cuda" without a GPU means "cpu".
+        device: Device of the whole model. "cuda" without a GPU means "cpu", unless `device_map` names only the CPU.
         use_flash_attn: Short for `attn_implementation="flash_attention_2"`.
         llm_pruning: Accepted and ignored, as in the published scripts.
         multimodal: Accepted and ignored, as other tools pass it.
@@ -73,68 +77,88 @@ def load_pretrained_model(
     if not is_llava(fields):
         return _load_language_model(model_path, model_base, options)
     checkpoint = open_checkpoint(model_path, fields, vision_tower)
+    if model_base is None and is_partial(model_path):
+        raise ValueError(
+            f"{model_path} holds only trained parts (a projector or LoRA adapters); name the language model they "
+            "belong to with --model-base"
+        )
     tokenizer = load_tokenizer(model_base or model_path)
+    image_processor = _load_image_processor(checkpoint.vision_tower or checkpoint.path)
     model = _load_llava(checkpoint, model_base, options)
     model.generation_config = _greedy_defaults(model)
     _add_image_tokens(tokenizer, model)
-    processor_path = checkpoint.vision_tower or checkpoint.path
-    model.model.image_processor = CLIPImageProcessorPil.from_pretrained(processor_path)
-    context_len = getattr(model.config, "max_sequence_length", 2048)
-    return tokenizer, model.eval(), model.model.image_processor, context_len
+    model.model.image_processor = image_processor
+    return tokenizer, model.eval(), image_processor, getattr(model.config, "max_sequence_length", 2048)
 
 
-def _load_llava(checkpoint: Checkpoint, model_base: str | None, options: dict[str, Any]) -> LlavaLlamaForCausalLM:
-    mistral = checkpoint.config.text_config.model_type == "mistral"
-    cls = LlavaMistralForCausalLM if mistral else LlavaLlamaForCausalLM
-    if checkpoint.key_mapping is not None:
-        options = options | {"key_mapping": checkpoint.key_mapping}
-    verbosity = transformers_logging.get_verbosity()
-    # transformers reports weights that come from another file as missing; they are checked below.
-    transformers_logging.set_verbosity_error()
-    try:
-        model, info = cls.from_pretrained(
-            model_base or checkpoint.path, config=checkpoint.config, output_loading_info=True, **options
-        )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    missing = {key for key in info["missing_keys"] if "position_ids" not in key}
-    tower_missing = {key for key in missing if key.startswith("model.vision_tower.")}
-    if checkpoint.vision_tower is not None and tower_missing:
+def _load_llava(checkpoint: Checkpoint, base: str | None, options: dict[str, Any]) -> LlavaLlamaForCausalLM:
+    """Weights of the checkpoint, or of the base completed by the checkpoint, and of the vision tower.
+
+    Raises:
+        ValueError: They do not fit config.json.
+    """
+    source, renames = checkpoint.path, checkpoint.key_mapping
+    if base is not None:
+        source, renames = base, key_mapping(read_config(base), checkpoint.config.mm_projector_type)
+    model, info = _from_pretrained(checkpoint.config, source, options | {"key_mapping": renames})
+    missing, mismatched = set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}
+    tower = {name for name, _ in model.named_parameters() if name.startswith("model.vision_tower.")}
+    separate = checkpoint.vision_tower is not None and tower <= missing
+    if separate:
         load_vision_weights(model, checkpoint.vision_tower)
-        missing -= tower_missing
-    source = checkpoint.path if checkpoint.vision_tower is None or not tower_missing else checkpoint.vision_tower
-    logger.info("vision tower weights: %s", source)
-    if model_base is not None:
-        missing -= _load_projector(model, checkpoint.path)
-    unexpected = {key for key in info["unexpected_keys"] if not key.endswith(("inv_freq", "position_ids"))}
-    if missing or unexpected or info["mismatched_keys"]:
-        raise ValueError(
-            f"the weights in {model_base or checkpoint.path} do not fit its config.json: "
-            f"{len(missing)} missing {sorted(missing)[:2]}, {len(unexpected)} unknown {sorted(unexpected)[:2]}, "
-            f"{len(info['mismatched_keys'])} of another shape {sorted(info['mismatched_keys'])[:2]}"
-        )
+        missing -= tower
+    if base is not None:
+        filled = load_trained_parts(model, checkpoint.path, checkpoint.key_mapping)
+        missing, mismatched = missing - filled, mismatched - filled
+    logger.info("vision tower weights: %s", checkpoint.vision_tower if separate else source)
+    problems = {"missing": missing, "unknown": info["unexpected_keys"], "of another shape": mismatched}
+    _check_fit(source, {kind: sorted(key for key in keys if not is_buffer(key)) for kind, keys in problems.items()})
     return model
 
 
-def _load_projector(model: LlavaLlamaForCausalLM, path: str) -> set[str]:
-    """Copy `mm_projector.bin` into the model; returns the parameters it filled."""
-    from transformers.utils import cached_file
+def _from_pretrained(config: Any, source: str, options: dict[str, Any]) -> tuple[LlavaLlamaForCausalLM, dict[str, Any]]:
+    """The model and transformers' report on its weights.
 
-    weights = torch.load(cached_file(path, "mm_projector.bin"), map_location="cpu", weights_only=True)
-    target = model.model.multi_modal_projector.state_dict()
-    names = {"0": "linear_1", "2": "linear_2"} if hasattr(model.model.multi_modal_projector, "linear_1") else {}
-    filled = set()
-    for name, tensor in weights.items():
-        number, kind = name.split("mm_projector.")[-1].split(".")
-        key = f"{names.get(number, number)}.{kind}"
-        if key not in target:
-            raise ValueError(f"{path}/mm_projector.bin holds {name}, which the projector of config.json does not have")
-        target[key].copy_(tensor)
-        filled.add(f"model.multi_modal_projector.{key}")
-    return filled
+    Raises:
+        ValueError: Files that are missing or cannot be read.
+    """
+    cls = LlavaMistralForCausalLM if config.text_config.model_type == "mistral" else LlavaLlamaForCausalLM
+    verbosity = transformers_logging.get_verbosity()
+    # transformers reports weights that come from another file as missing; the caller checks them.
+    transformers_logging.set_verbosity_error()
+    try:
+        return cls.from_pretrained(
+            source, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except (OSError, SafetensorError, EOFError, UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise  # nothing about the file: out of memory, for example
+        raise ValueError(f"the weights of {source} cannot be read: {str(error).splitlines()[0]}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
-def _load_language_model(path: str, base: str | None, options: dict[str, Any]) -> tuple[Any, torch.nn.Module, None, int]:
+def _check_fit(source: str, problems: dict[str, list[str]]) -> None:
+    """Raise ValueError if any weights are missing, unknown or of another shape."""
+    if any(problems.values()):
+        found = ", ".join(f"{len(keys)} {kind} {keys[:2]}" for kind, keys in problems.items())
+        raise ValueError(f"the weights in {source} do not fit the config.json of the checkpoint: {found}")
+
+
+def _load_image_processor(path: str) -> CLIPImageProcessorPil:
+    """The PIL processor, bit-identical to what LLaVA was trained and measured with.
+
+    Raises:
+        FileNotFoundError: The folder has no preprocessor_config.json.
+    """
+    try:
+        return CLIPImageProcessorPil.from_pretrained(path)
+    except OSError as error:
+        message = f"{path} has no preprocessor_config.json; copy it there from the CLIP checkpoint"
+        raise FileNotFoundError(message) from error
+
+
+def _load_language_model(path: str, base: str | None, options: dict[str, Any]) -> tuple[Any, Any, None, int]:
     """A plain language model: no image processor."""
     tokenizer = AutoTokenizer.from_pretrained(base or path)
     model = AutoModelForCausalLM.from_pretrained(path, **options).eval()
@@ -142,54 +166,63 @@ def _load_language_model(path: str, base: str | None, options: dict[str, Any]) -
 
 
 def _placement(device_map: Any, device: str) -> dict[str, Any]:
-    if device == "cuda" and not torch.cuda.is_available():
-        device = "cpu"
-    return {"device_map": device_map if device == "cuda" else {"": device}}
+    if device != "cuda":
+        return {"device_map": {"": device}}
+    if torch.cuda.is_available() or _places(device_map) <= {"cpu", "disk"}:
+        return {"device_map": device_map}
+    return {"device_map": {"": "cpu"}}
+
+
+def _places(device_map: Any) -> set[str]:
+    """Devices a device map names."""
+    return set(map(str, device_map.values() if isinstance(device_map, dict) else [device_map]))
 
 
 def _default_dtype(device_map: Any) -> torch.dtype:
-    on_cpu = isinstance(device_map, dict) and set(map(str, device_map.values())) == {"cpu"}
-    return torch.float32 if on_cpu or not torch.cuda.is_available() else torch.float16
+    on_cpu = not torch.cuda.is_available() or _places(device_map) <= {"cpu", "disk"}
+    return torch.float32 if on_cpu else torch.float16
 
 
 def _quantisation(load_8bit: bool, load_4bit: bool) -> dict[str, Any]:
-    if load_4bit:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_compute_dtype=torch.float16,
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_quant_type="nf4",
-            llm_int8_skip_modules=_NOT_QUANTISED,
-        )
-        return {"quantization_config": config}
+    """Raises ValueError for both at once, ImportError without bitsandbytes."""
+    if not load_8bit and not load_4bit:
+        return {}
+    if load_8bit and load_4bit:
+        raise ValueError("load_8bit and load_4bit exclude each other; choose one")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError("load_8bit and load_4bit need the package bitsandbytes; install it, or leave them out")
     if load_8bit:
         return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=_NOT_QUANTISED)}
-    return {}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.float16,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_skip_modules=_NOT_QUANTISED,
+    )
+    return {"quantization_config": config}
 
 
 def _greedy_defaults(model: torch.nn.Module) -> GenerationConfig:
     """Ids only: Vicuna's generation_config carries sampling values that contradict its own do_sample=False."""
-    text = model.config.text_config
-    return GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=_pad_id(text)
-    )
-
-
-def _pad_id(text: Any) -> int:
-    if text.pad_token_id is not None and text.pad_token_id >= 0:
-        return text.pad_token_id
-    return text.eos_token_id if isinstance(text.eos_token_id, int) else 0
+    stored, text = model.generation_config, model.config.text_config
+    ids = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(stored, name)
+        ids[name] = getattr(text, name) if value is None else value
+    if ids["pad_token_id"] is None or ids["pad_token_id"] < 0:
+        ids["pad_token_id"] = ids["eos_token_id"] if isinstance(ids["eos_token_id"], int) else 0
+    return GenerationConfig(**ids)
 
 
 def _add_image_tokens(tokenizer: Any, model: LlavaLlamaForCausalLM) -> None:
-    """Add the special tokens the config asks for; an original checkpoint without the field means <im_patch>."""
-    original = getattr(model.config, "mm_vision_tower", None) is not None
-    names = []
-    if getattr(model.config, "mm_use_im_patch_token", original):
-        names.append(DEFAULT_IMAGE_PATCH_TOKEN)
-    if getattr(model.config, "mm_use_im_start_end", False):
+    """Add the special tokens that the config asks for."""
+    names = [DEFAULT_IMAGE_PATCH_TOKEN] if model.config.mm_use_im_patch_token else []
+    if model.config.mm_use_im_start_end:
         names += [DEFAULT_IM_START_TOKEN, DEFAULT_IM_END_TOKEN]
-    if names:
-        tokenizer.add_tokens(names, special_tokens=True)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
+    if not names:
+        return
+    tokenizer.add_tokens(names, special_tokens=True)
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        model.resize_token_embeddings(len(tokenizer))
+        model.config.vocab_size = model.config.image_token_id = len(tokenizer)

@@ -1,4 +1,4 @@
-"""How images enter a LLaVA prompt: encoding, splicing in place of the -200 ids, and `generate` as LLaVA scripts call it.
+"""How images enter a LLaVA prompt: encoding, splicing in place of the -200 ids, and `generate` as scripts call it.
 
 The classes add methods to the transformers models; they hold no weights and replace no forward.
 """
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaModel
+from transformers import LlavaModel, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 import apet
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -55,22 +55,14 @@ class Prompt:
         inputs_embeds: (B, L, D), zeros in padding.
         attention_mask: (B, L) in the given mask's dtype (bool if none was given), False on padding.
         labels: (B, L) int64, or None.
-        visual_items: (B, L) int64 on the CPU: index of the encoded crop for its visual tokens, -1 for text, -2 for
-            padding. What `apet`'s patch needs to know about a prompt without ids.
+        visual_items: (B, L) int64 on the CPU: index of the image for its visual tokens, -1 for text, -2 for padding.
+            What `apet`'s patch needs to know about a prompt without ids.
     """
 
     inputs_embeds: Tensor
     attention_mask: Tensor
     labels: Tensor | None
     visual_items: Tensor
-
-
-@dataclass(frozen=True)
-class _ImageFeatures:
-    """Features (n, D) that one placeholder stands for, and which encoded crop every row comes from (n,)."""
-
-    features: Tensor
-    crops: Tensor
 
 
 class LlavaMetaForCausalLM:
@@ -85,8 +77,11 @@ class LlavaMetaForCausalLM:
         return self.get_model().get_vision_tower()
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """Projected features (B, tokens, D) of pixels (B, 3, H, W)."""
-        return self.get_model().mm_projector(self.get_vision_tower()(images))
+        """Projected features (B, tokens, D) of pixels (B, 3, H, W) of any floating dtype."""
+        tower, projector = self.get_vision_tower(), self.get_model().mm_projector
+        features = tower(images.to(tower.dtype))
+        weight = next(projector.parameters(), features)
+        return projector(features.to(weight.dtype))
 
     @torch.no_grad()
     def generate(
@@ -100,40 +95,42 @@ class LlavaMetaForCausalLM:
 
         Args:
             inputs: (B, L) ids with -200 where an image goes; `input_ids` is accepted too.
-            images: (B, 3, H, W), (B, T, 3, H, W), or a list of (T, 3, H, W) or (3, H, W): one per placeholder, in order.
+            images: (B, 3, H, W), (B, T, 3, H, W), or a list of (T, 3, H, W) or (3, H, W): one per placeholder.
             image_sizes: Original (width, height) per image, needed for anyres checkpoints.
-            **kwargs: `attention_mask` (B, L) and everything transformers' `generate` takes. With `pixel_values` the call
-                goes to transformers unchanged.
+            **kwargs: `attention_mask` (B, L), padding on either side, and everything transformers' `generate` takes.
+                `use_cache=False` changes nothing: transformers continues from embeddings with a cache only. With
+                `pixel_values` the call goes to transformers unchanged.
 
         Raises:
             NotImplementedError: `inputs_embeds` was given.
-            ValueError: A placeholder without images.
+            ValueError: No ids, a placeholder without images, or images of another shape.
+            IndexError: More placeholders than images.
         """
         if "inputs_embeds" in kwargs:
             raise NotImplementedError("inputs_embeds is not supported; pass ids with -200 placeholders and images")
         inputs = kwargs.pop("input_ids", inputs)
         if kwargs.get("pixel_values") is not None:
             return super().generate(input_ids=inputs, **kwargs)
-        mask, positions = kwargs.pop("attention_mask", None), kwargs.pop("position_ids", None)
-        if images is None:
-            if bool((inputs == IMAGE_TOKEN_INDEX).any()):
-                raise ValueError("the prompt has an image placeholder (-200) but images is None; pass images=")
-            embeds = self.get_model().embed_tokens(inputs)
-            mask = torch.ones_like(inputs) if mask is None else mask
-            items = torch.where(mask.bool(), _TEXT, _PADDING).cpu()
-        elif self._splicing_is_replaced():
+        if inputs is None:
+            raise ValueError("generate needs the ids of a prompt; pass inputs (B, L)")
+        if images is None and bool((inputs == IMAGE_TOKEN_INDEX).any()):
+            raise ValueError("the prompt has an image placeholder (-200) but images is None; pass images=")
+        inputs, mask = inputs.to(self.device), kwargs.pop("attention_mask", None)
+        mask = None if mask is None else mask.to(self.device)
+        positions = kwargs.pop("position_ids", None)
+        if images is not None and self._splicing_is_replaced():
             _, positions, mask, _, embeds, _ = self.prepare_inputs_labels_for_multimodal(
                 inputs, positions, mask, None, None, images, image_sizes=image_sizes
             )
-            items = None
+            if positions is not None:
+                kwargs["position_ids"] = positions
         else:
-            prompt = self.splice(inputs, mask, None, images, image_sizes, padding_side="left")
-            embeds, mask, items = prompt.inputs_embeds, prompt.attention_mask.long(), prompt.visual_items
-        if positions is not None:
-            kwargs["position_ids"] = positions
-        if items is not None and apet.active_config(self) is not None:
-            kwargs["visual_items"] = items
-        return super().generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+            # Positions given for the ids do not fit the spliced rows: they follow from the mask.
+            prompt = self.splice(inputs, mask, None, [] if images is None else images, image_sizes, padding_side="left")
+            embeds, mask = prompt.inputs_embeds, prompt.attention_mask.long()
+            if apet.active_config(self) is not None:
+                kwargs["visual_items"] = prompt.visual_items
+        return super().generate(inputs_embeds=embeds, attention_mask=mask, **_own_penalty(kwargs))
 
     def prepare_inputs_labels_for_multimodal(
         self,
@@ -147,8 +144,8 @@ class LlavaMetaForCausalLM:
     ) -> tuple:
         """Splice image features into a batch: (None, position_ids, attention_mask, past_key_values, embeds, labels).
 
-        Rows are padded on `config.tokenizer_padding_side` ("right" if absent). The mask is always the real one, also when
-        none was given. Without images, or for a single-token step, the ids are returned and no embeddings.
+        Rows are padded on `config.tokenizer_padding_side` ("right" if absent). The mask is always the real one, also
+        when none was given. Without images, or for a single-token step, the ids are returned and no embeddings.
 
         Raises:
             IndexError: More placeholders than images.
@@ -191,68 +188,86 @@ class LlavaMetaForCausalLM:
                     f"the prompts hold more image placeholders than the {len(features)} images given (row {row}); pass "
                     "one image per placeholder"
                 )
+            rows.append(self._splice_row(ids, None if labels is None else labels[row][real], places, used, next_image))
             next_image += max(1, len(places))
-            rows.append(self._splice_row(ids, None if labels is None else labels[row][real], places, used))
         return _pad_rows(rows, padding_side, attention_mask, labels is not None)
 
     def _splice_row(
-        self, ids: Tensor, labels: Tensor | None, places: list[int], images: Sequence[_ImageFeatures]
+        self, ids: Tensor, labels: Tensor | None, places: list[int], images: Sequence[Tensor], first_image: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Embeddings (L, D), items (L,) on the CPU and labels (L,) of one row."""
         embed = self.get_model().embed_tokens
         text = embed(torch.where(ids == IMAGE_TOKEN_INDEX, 0, ids))
         labels = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels
         embeds, items, targets, start = [], [], [], 0
-        for place, image in zip([*places, len(ids)], [*images, None], strict=True):
+        for number, place in enumerate([*places, len(ids)]):
             embeds.append(text[start:place])
             targets.append(labels[start:place])
             items.append(torch.full((place - start,), _TEXT))
-            if image is not None:
-                embeds.append(image.features.to(device=text.device, dtype=text.dtype))
-                targets.append(torch.full((len(image.features),), IGNORE_INDEX, device=ids.device, dtype=ids.dtype))
-                items.append(image.crops)
+            if number < len(places):
+                length = len(images[number])
+                embeds.append(images[number].to(device=text.device, dtype=text.dtype))
+                targets.append(torch.full((length,), IGNORE_INDEX, device=ids.device, dtype=ids.dtype))
+                items.append(torch.full((length,), first_image + number))
             start = place + 1
         limit = getattr(self.config, "tokenizer_model_max_length", None)
         return torch.cat(embeds)[:limit], torch.cat(items)[:limit], torch.cat(targets)[:limit]
 
     def _image_features(
         self, images: Tensor | Sequence[Tensor], image_sizes: Sequence[Sequence[int]] | None
-    ) -> list[_ImageFeatures]:
-        """Features per placeholder. A 4-D tensor is one crop per image; anything else is merged by the config's type."""
+    ) -> Sequence[Tensor]:
+        """Features (n_i, D) per placeholder. A 4-D tensor is one crop per image; other crops are merged."""
         if isinstance(images, Tensor) and images.dim() == 4:
-            encoded = self.encode_images(images)
-            return [_ImageFeatures(rows, torch.full((len(rows),), index)) for index, rows in enumerate(encoded)]
-        stacks = [image.unsqueeze(0) if image.dim() == 3 else image for image in images]
-        encoded = self.encode_images(torch.cat(stacks))
-        merged, first = [], 0
-        for index, stack in enumerate(stacks):
-            crops = encoded[first : first + len(stack)]
-            numbers = torch.arange(first, first + len(stack)).repeat_interleave(crops.shape[1])
-            merged.append(self._merge_crops(crops, numbers, None if image_sizes is None else image_sizes[index]))
-            first += len(stack)
-        return merged
+            return self.encode_images(images)
+        stacks = _crop_stacks(images)
+        if not stacks:
+            return []
+        if image_sizes is not None and len(image_sizes) < len(stacks):
+            raise ValueError(f"image_sizes has {len(image_sizes)} entries for {len(stacks)} images; give one per image")
+        sizes = [None if image_sizes is None else image_sizes[index] for index in range(len(stacks))]
+        newline = self._newline()
+        with apet.expecting_images(self, self._layouts([len(stack) for stack in stacks], sizes)):
+            encoded = self.encode_images(torch.cat(stacks))
+        crops = encoded.split([len(stack) for stack in stacks])
+        return [self._merge_crops(one, newline, size) for one, size in zip(crops, sizes, strict=True)]
 
-    def _merge_crops(self, crops: Tensor, numbers: Tensor, size: Sequence[int] | None) -> _ImageFeatures:
-        """One image's crops (T, n, D) as a sequence, by `config.mm_patch_merge_type`.
+    def _layouts(self, crops: Sequence[int], sizes: Sequence[Sequence[int] | None]) -> list[apet.ImageLayout]:
+        """How the features of every image's crops become its tokens, for a patched model.
+
+        Read off by merging the features' own numbers, with -1 for a newline: no rule is written twice.
+        """
+        if apet.active_config(self) is None:
+            return []
+        tower = self.get_vision_tower()
+        rows = tower.num_patches + (tower.select_feature == "cls_patch")
+        newline = None if self._newline() is None else torch.tensor([-1.0], dtype=torch.float64)
+        layouts = []
+        for count, size in zip(crops, sizes, strict=True):
+            numbers = torch.arange(count * rows, dtype=torch.float64).view(count, rows, 1)
+            merged = self._merge_crops(numbers, newline, size)
+            layouts.append(apet.ImageLayout(count, rows, merged.flatten().long().numpy()))
+        return layouts
+
+    def _newline(self) -> Tensor | None:
+        """The newline embedding (D,), None where the config's merge type has none."""
+        unpad = "unpad" in (getattr(self.config, "mm_patch_merge_type", None) or "flat")
+        return self.get_model().image_newline if unpad else None
+
+    def _merge_crops(self, crops: Tensor, newline: Tensor | None, size: Sequence[int] | None) -> Tensor:
+        """One image's crops (T, n, D) as a sequence (n', D), by `config.mm_patch_merge_type`.
 
         Raises:
-            ValueError: Unknown merge type.
-            NotImplementedError: Tiles of a checkpoint that is not anyres; compression of anyres images.
+            ValueError: Unknown merge type, or no size for several crops.
+            NotImplementedError: Tiles of a checkpoint that is not anyres.
         """
-        kind = getattr(self.config, "mm_patch_merge_type", "flat")
+        kind = getattr(self.config, "mm_patch_merge_type", None) or "flat"
         if kind == "flat":
-            return _ImageFeatures(crops.flatten(0, 1), numbers)
+            return crops.flatten(0, 1)
         if not kind.startswith("spatial"):
             raise ValueError(f"mm_patch_merge_type={kind!r} is unknown; supported: flat, spatial, spatial_unpad")
-        config = apet.active_config(self)
-        if config is not None and any(budget is not None for budget in config.stage_budgets):
-            raise NotImplementedError("anyres checkpoints cannot be compressed yet; set no token budgets for them")
-        newline = self.get_model().image_newline if "unpad" in kind else None
         if len(crops) == 1:
-            rows = crops[0] if newline is None else torch.cat([crops[0], newline.to(crops).unsqueeze(0)])
-        else:
-            rows = torch.cat([crops[0], self._arrange_tiles(crops[1:], newline, size)])
-        return _ImageFeatures(rows, torch.full((len(rows),), int(numbers[0])))
+            return crops[0] if newline is None else torch.cat([crops[0], newline.to(crops).unsqueeze(0)])
+        return torch.cat([crops[0], self._arrange_tiles(crops[1:], newline, size)])
 
     def _arrange_tiles(self, tiles: Tensor, newline: Tensor | None, size: Sequence[int] | None) -> Tensor:
         """Tiles (T, n, D) as rows of the whole picture, unpadded and with a newline per row where there is one."""
@@ -276,7 +291,38 @@ class LlavaMetaForCausalLM:
     def _splicing_is_replaced(self) -> bool:
         """Whether somebody patched `prepare_inputs_labels_for_multimodal`, as other pruning tools do."""
         current = getattr(self.prepare_inputs_labels_for_multimodal, "__func__", None)
-        return current is not LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal
+        return current is not _OWN_SPLICING
+
+
+# Tools replace the method on an object or on the class itself; this is what it is compared with.
+_OWN_SPLICING = LlavaMetaForCausalLM.prepare_inputs_labels_for_multimodal
+
+
+def _own_penalty(options: dict[str, Any]) -> dict[str, Any]:
+    """`repetition_penalty` as a processor that sees the new tokens.
+
+    Transformers (5.23) takes the prompt's padding for part of them, so that padded rows would be penalised too late.
+    """
+    penalty = options.pop("repetition_penalty", None)
+    if penalty in (None, 1.0):
+        return options
+    processors = [RepetitionPenaltyLogitsProcessor(penalty), *(options.pop("logits_processor", None) or ())]
+    return options | {"logits_processor": LogitsProcessorList(processors)}
+
+
+def _crop_stacks(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Crops (T, 3, H, W) of every image.
+
+    Raises:
+        ValueError: Images of another shape.
+    """
+    stacks = [image.unsqueeze(0) if image.dim() == 3 else image for image in images]
+    if any(stack.dim() != 4 for stack in stacks):
+        shapes = list(images.shape) if isinstance(images, Tensor) else [list(image.shape) for image in images]
+        raise ValueError(
+            f"images must be (B, 3, H, W), (B, T, 3, H, W), or a list of (T, 3, H, W) or (3, H, W); got {shapes}"
+        )
+    return stacks
 
 
 def _pad_rows(rows: list[tuple], side: str, mask: Tensor | None, with_labels: bool) -> Prompt:

@@ -106,3 +106,16 @@ def test_broken_result_tables(case, save, command):
     (folder / "count.txt").unlink()
     status, out, err = command(eval_mme.main, "--results_dir", folder)
     assert (status, out) == (1, "") and "has no 'count.txt'" in err
+
+
+def test_a_part_of_the_categories_is_scored_only_on_request(tmp_path):
+    lines = "a.txt\tIs it? Please answer yes or no.\tYes\tyes\na.txt\tIs it not? Please answer yes or no.\tNo\tyes\n"
+    (tmp_path / "count.txt").write_text(lines)
+    with pytest.raises(ValueError, match="--present-only"):
+        Mme().score(results_dir=tmp_path)
+    score = Mme().score(results_dir=tmp_path, present_only=True)
+    assert score.value == 50.0 and score.metric == "perception, 1 of 14 categories"
+    assert score.report.endswith("not MME scores\n")
+    (tmp_path / "count.txt").unlink()
+    with pytest.raises(ValueError, match="all 14 files"):
+        Mme().score(results_dir=tmp_path, present_only=True)

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +61,8 @@ def fails(capsys, status: int, *words: str) -> None:
     ("none", []),
     ("v96_b10_l16_t32", COMPRESSED),
     ("v192_b12_l8-16_t96-40", [
-        "--visual-token-num", "192", "--layer-list", "[8, 16]", "--image-token-list", "[96, 40]", "--basis-token-num", "12",
-        "--fps-start", "0",
+        "--visual-token-num", "192", "--layer-list", "[8, 16]", "--image-token-list", "[96, 40]",
+        "--basis-token-num", "12", "--fps-start", "0",
     ]),
 ])  # fmt: skip
 def test_golden_answers_through_the_command_line(questions, picture, setting, flags):
@@ -98,7 +101,7 @@ def test_answers_do_not_depend_on_batches(questions, flags):
     assert rows(questions.with_name("many.jsonl")) == expected
 
 
-def test_chunks_ranks_and_resume_give_the_same_answers(questions, monkeypatch):
+def test_chunks_and_resume_give_the_same_answers(questions):
     assert loader(questions, "one.jsonl", *COMPRESSED)[0] == 0
     expected = rows(questions.with_name("one.jsonl"))
     joined = []
@@ -110,6 +113,45 @@ def test_chunks_ranks_and_resume_give_the_same_answers(questions, monkeypatch):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     assert loader(questions, "one.jsonl", *COMPRESSED, "--resume", "--batch_size", "2")[0] == 0
     assert rows(path) == expected
+
+
+CHUNKINGS = json.loads((GOLDEN / "llava" / "chunking.json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("case", [case for case in CHUNKINGS if case["n_items"]], ids=str)
+def test_no_chunk_of_the_published_cases_is_missing(case):
+    items, chunks = list(range(case["n_items"])), case["num_chunks"]
+    parts = [model_vqa_loader.get_chunk(items, chunks, index) for index in range(chunks)]
+    assert [item for part in parts for item in part] == items
+    assert max(map(len, parts)) == (-(-case["n_items"] // chunks)) and max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_ranks_of_a_launcher_are_the_chunks(questions):
+    assert loader(questions, "one.jsonl", *COMPRESSED)[0] == 0
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "llava.eval.model_vqa_loader",
+    ]
+    command += ["--model-path", MODEL, "--image-folder", str(TINY / "images"), "--question-file", str(questions)]
+    command += [
+        "--answers-file",
+        str(questions.with_name("ranks.jsonl")),
+        "--conv-mode",
+        "vicuna_v1",
+        "--temperature",
+        "0",
+    ]
+    command += ["--max_new_tokens", "12", "--num_workers", "0", "--device", "cpu", *COMPRESSED]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(GOLDEN.parents[1])}
+    subprocess.run(command, check=True, env=environment, capture_output=True, timeout=300)
+    assert rows(questions.with_name("ranks.jsonl")) == rows(questions.with_name("one.jsonl"))
+    record = json.loads(questions.with_name("ranks.run.json").read_text())
+    assert record["questions"] == record["counts"]["answers"] == 6
 
 
 def test_an_empty_chunk_writes_an_empty_file(questions):

@@ -57,21 +57,26 @@ class Mme(Benchmark):
 
     name = "mme"
 
-    def score(self, *, results_dir: PathLike) -> Score:
+    def score(self, *, results_dir: PathLike, present_only: bool = False) -> Score:
         """Score a folder of `{category}.txt`, lines of file, question, truth and answer separated by tabs.
+
+        Args:
+            results_dir: The folder.
+            present_only: Score the categories that are there, and say that the totals are none of MME.
 
         Raises:
             ValueError: A missing category file, a line without four cells, or lines that do not pair up by picture.
         """
         folder = Path(results_dir).expanduser()
         absent = [category for category in CATEGORIES if not (folder / f"{category}.txt").is_file()]
-        if absent:
+        if absent and (not present_only or len(absent) == len(CATEGORIES)):
             raise ValueError(
-                f"{results_dir} has no {listing(f'{name}.txt' for name in absent)}: MME needs all 14 files"
+                f"{results_dir} has no {listing(f'{name}.txt' for name in absent)}: MME needs all 14 files "
+                "(--present-only scores a part of them)"
             )
-        lines = {category: _read_results(folder / f"{category}.txt") for category in CATEGORIES}
+        lines = {name: _read_results(folder / f"{name}.txt") for name in CATEGORIES if name not in absent}
         scores = {category: _category_score(rows) for category, rows in lines.items()}
-        totals = {group: sum(scores[category] for category in names) for group, names in GROUPS.items()}
+        totals = {group: sum(scores.get(category, 0.0) for category in names) for group, names in GROUPS.items()}
         per_sample = {
             f"{category}/{row.image} | {row.question}": float(row.correct)
             for category, rows in lines.items()
@@ -79,12 +84,12 @@ class Mme(Benchmark):
         }
         return Score(
             name=self.name,
-            metric="perception",
+            metric=f"perception, {len(scores)} of 14 categories" if absent else "perception",
             value=totals["Perception"],
             n_questions=sum(map(len, lines.values())),
             details={**{group.lower(): total for group, total in totals.items()}, "scores": scores},
             per_sample=per_sample,
-            report="".join(_block(group, totals[group], scores) for group in GROUPS),
+            report="".join(_block(group, totals[group], scores) for group in GROUPS) + _part(scores, absent),
         )
 
 
@@ -115,8 +120,14 @@ def _category_score(rows: list[_Answered]) -> float:
 
 
 def _block(group: str, total: float, scores: Mapping[str, float]) -> str:
-    tasks = "".join(f"\t {category}  score: {scores[category]}\n" for category in GROUPS[group])
+    tasks = "".join(f"\t {name}  score: {scores[name]}\n" for name in GROUPS[group] if name in scores)
     return f"=========== {group} ===========\ntotal score: {total} \n\n{tasks}\n\n"
+
+
+def _part(scores: Mapping[str, float], absent: list[str]) -> str:
+    if not absent:
+        return ""
+    return f"note: only {len(scores)} of the 14 categories are there; the totals are sums over these, not MME scores\n"
 
 
 def convert(folder: PathLike, experiment: str, duplicates: str = "error") -> None:

@@ -4,6 +4,7 @@ import inspect
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
@@ -22,12 +23,19 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlavaForConditionalGeneration)
         self.model.__class__ = LlavaMetaModel
         if getattr(config, "mm_projector_type", _BUILT_IN_PROJECTOR) != _BUILT_IN_PROJECTOR:
             self.model.multi_modal_projector = build_vision_projector(_projector_sizes(config))
+        if "unpad" in (getattr(config, "mm_patch_merge_type", None) or ""):
+            # What closes every row of an anyres picture; the transformers class of this family has no such weight.
+            self.model.image_newline = torch.nn.Parameter(torch.zeros(config.text_config.hidden_size))
 
     def forward(self, *args: Any, visual_items: Tensor | None = None, **kwargs: Any) -> Any:
         """The transformers forward; `visual_items` (B, L) tells a patch where the images of an embedded prompt are."""
         if visual_items is not None and apet.active_config(self) is not None:
             kwargs["visual_items"] = visual_items
         return super().forward(*args, **kwargs)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """The transformers method; weights get the names of the transformers class, whatever they were loaded from."""
+        super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)
 
 
 def _extended_signature() -> inspect.Signature:

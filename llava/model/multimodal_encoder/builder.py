@@ -10,11 +10,11 @@ from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
 _HUB_OWNERS = ("openai", "laion")
 
 
-def resolve_vision_tower(name: str, checkpoint: str | Path | None = None, override: str | None = None) -> str:
+def resolve_vision_tower(name: str | None, checkpoint: str | Path | None = None, override: str | None = None) -> str:
     """Folder (or hub id) of a vision tower.
 
-    Looked for, in this order: `override`; `name` as a path; a folder of that name inside the checkpoint folder or beside
-    it; a folder beside it called like the last component of `name`; a hub id of openai, laion or ShareGPT4V.
+    Looked for, in this order: `override`; `name` as a path; a folder of that name inside the checkpoint folder or
+    beside it; a folder beside it called like the last component of `name`; a hub id of openai, laion or ShareGPT4V.
 
     Raises:
         ValueError: None of them; the message lists where it was looked for.
@@ -23,6 +23,8 @@ def resolve_vision_tower(name: str, checkpoint: str | Path | None = None, overri
         if not Path(override).is_dir() and not _is_hub_id(override):
             raise ValueError(f"vision tower {override!r} is not a folder; give the folder of the CLIP checkpoint")
         return override
+    if not name:
+        raise ValueError("config.json names no vision tower (mm_vision_tower); give its folder with vision_tower=")
     candidates = [Path(name)]
     if checkpoint is not None and Path(checkpoint).is_dir():
         folder = Path(checkpoint).resolve()
@@ -32,7 +34,7 @@ def resolve_vision_tower(name: str, checkpoint: str | Path | None = None, overri
             return str(candidate)
     if _is_hub_id(name):
         return name
-    looked = ", ".join(str(candidate) for candidate in candidates)
+    looked = ", ".join(dict.fromkeys(map(str, candidates)))
     raise ValueError(
         f"vision tower {name!r} (mm_vision_tower in config.json) was not found; looked for: {looked}. Put the CLIP "
         "folder beside the checkpoint, or name it with vision_tower=/path/to/clip"

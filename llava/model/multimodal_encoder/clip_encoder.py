@@ -30,14 +30,16 @@ class CLIPVisionTower:
         """Nothing to do: the weights were loaded with the model."""
 
     def __call__(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """`forward`, which other tools replace by attribute."""
+        return self.forward(images)
+
+    def forward(self, images: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
         """Features (B, tokens, hidden) of pixels (B, 3, H, W); a list of (3, H, W) images gives a list."""
         if isinstance(images, list):
             return [self(image.unsqueeze(0)) for image in images]
         pixels = images.to(device=self.device, dtype=self.dtype)
         hidden = self.vision_tower(pixels, output_hidden_states=True, return_dict=True).hidden_states[self.select_layer]
         return self.feature_select(hidden).to(images.dtype)
-
-    forward = __call__
 
     def feature_select(self, hidden: Tensor) -> Tensor:
         """Drop the CLS token for "patch", keep it for "cls_patch".
