@@ -106,7 +106,7 @@ def expecting_images(model: nn.Module, layouts: Sequence[ImageLayout]):
 
 
 def preset_config(model: nn.Module, **changes: Any) -> ApetConfig:
-    """The configuration a model's family was published with; stages inside the decoder run after the middle layer.
+    """The preset budgets of a model's family (docs/families.md); decoder stages run after the middle layer, 14 of 28.
 
     Args:
         model: A transformers vision-language model of a known family.

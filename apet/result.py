@@ -15,7 +15,8 @@ class StageResult:
     Attributes:
         name: "vision" or "layer L", L counted from 1: the stage ran after that layer.
         layer: Number of decoder layers that ran before the stage (0 for "vision").
-        kept: ``kept[sample][image]`` int64 (K,) positions kept, relative to the image's tokens that entered the stage.
+        kept: ``kept[sample][image]`` int64 (K,) positions kept, relative to the tokens of the image or video that
+            entered the stage; ascending, except that frames with an appended basis are in the order of their rows.
         tokens_in: ``tokens_in[sample][image]`` tokens that entered.
     """
 

@@ -81,7 +81,7 @@ class FamilyReference:
             for level, values in enumerate(levels):
                 values = torch.cat(list(values)) if not isinstance(values, Tensor) else values
                 deep[level, kinds == number] = values.double()
-        length = len(sample.ids)
+        self.length = length = len(sample.ids)
         item, video, frame, line, follows = ([value] * length for value in (-1, False, 0, 0, False))
         cursors = {"image": 0, "video": 0}
         columns = {kind: [c for c in range(length) if kinds[c] == n] for n, kind in enumerate(("image", "video"), 1)}
@@ -137,6 +137,8 @@ class FamilyReference:
             result = apet.compress(
                 tokens.hidden[candidates][None].float(), count, basis=config.basis_token_num, **options
             )
+            if result.indices.shape[1] >= len(candidates):
+                continue
             kept = [candidates[index] for index in result.indices[0].tolist()]
             rows = list(zip(kept, result.tokens[0].double(), strict=True))
             alive = {(tokens.item[column], tokens.line[column]) for column in kept}
@@ -171,7 +173,8 @@ class FamilyReference:
         for layer in range(self.text.num_hidden_layers):
             if layer in stages:
                 tokens = self.shorten(tokens, stages[layer], False)
-            places = tokens.positions if self.keep else torch.arange(len(tokens.hidden)).expand(axes, -1)
+            whole = len(tokens.hidden) == self.length + count
+            places = tokens.positions if self.keep or whole else torch.arange(len(tokens.hidden)).expand(axes, -1)
             tokens.hidden = self.layer(layer, tokens.hidden, places)
             if layer < len(tokens.deep):
                 tokens.hidden = tokens.hidden + tokens.deep[layer]

@@ -38,6 +38,7 @@ LAYERS = (
     Layer("apet.methods", (*ALGORITHM, "apet.methods"), ("torch",)),
     Layer("apet.adapters", ("apet.config", "apet.core", "apet.adapters"), ("torch", "transformers", "numpy")),
     Layer("apet.patch", MODEL_SIDE, ("torch", "transformers")),
+    Layer("apet.families", ("apet.config", "apet.adapters")),
     Layer("apet.cost", (*MODEL_SIDE, "apet.patch"), ("torch",)),
     Layer("apet.vis", ("apet",), ("torch", "PIL", "numpy")),
     Layer("apet.bench", ("apet",), ("torch", "transformers", "numpy", "tqdm")),

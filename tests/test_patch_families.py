@@ -62,10 +62,13 @@ def test_equals_the_reference(name, stages, attention):
 
 
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("positions", ["compact", "keep"])
+@pytest.mark.parametrize("stages", ["vision", "layer", "both"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_cache_kind_equals_the_reference(name, options):
-    check(name, "sdpa", [0], STAGES["both"], **options)
-    check(name, "sdpa", everything(name), STAGES["both"], **options)
+def test_every_cache_kind_equals_the_reference(name, stages, positions, options):
+    fields = STAGES[stages] | {"position_mode": positions}
+    check(name, "sdpa", [0], fields, **options)
+    check(name, "sdpa", everything(name), fields, **options)
 
 
 @pytest.mark.parametrize(
@@ -76,8 +79,10 @@ def test_every_cache_kind_equals_the_reference(name, options):
         STAGES["both"] | {"budget_per": "prompt"},
         STAGES["both"] | {"budget_per": "image"},
         {"visual_token_num": 7, "layer_list": [2, 3], "image_token_list": [5, 3], "basis_token_num": 2},
+        {"visual_token_num": 13, "layer_list": [2], "image_token_list": [10], "basis_token_num": 2}
+        | {"position_mode": "compact"},
     ],
-    ids=["compact", "keep", "prompt", "image", "counts"],
+    ids=["compact", "keep", "prompt", "image", "counts", "some whole"],
 )
 @pytest.mark.parametrize("name", FAMILIES)
 def test_options_equal_the_reference(name, fields):
@@ -175,6 +180,75 @@ class TestBehaviour:
             cached = generate(model, inputs, **options)
             again = generate(model, inputs, use_cache=False, **options)
         assert torch.equal(cached.sequences, again.sequences)
+
+    def test_half_precision_runs_and_is_finite(self, name):
+        model, family = FAMILIES[name].build("sdpa").bfloat16(), FAMILIES[name]
+        inputs = family.inputs(family.prompts)
+        inputs = {key: value.bfloat16() if value.is_floating_point() else value for key, value in inputs.items()}
+        untouched = generate(model, inputs)
+        with apet.patched(model, ApetConfig(visual_token_num=2000, layer_list=[2], image_token_list=[2000])):
+            assert all(map(torch.equal, generate(model, inputs).logits, untouched.logits))
+        with apet.patched(model, ApetConfig.from_dict(STAGES["both"])):
+            assert all(step.isfinite().all() for step in generate(model, inputs).logits)
+
+    def test_pooled_budgets_may_leave_a_picture_without_tokens(self, name):
+        model, family = model_of(name), FAMILIES[name]
+        config = ApetConfig(visual_token_num=3, layer_list=[2], image_token_list=[1], budget_per="prompt")
+        with apet.patched(model, config):
+            out = generate(model, family.inputs(family.prompts))
+            result = apet.last_result(model)
+        assert all(step.isfinite().all() for step in out.logits)
+        for sample, parts in enumerate(family.prompts):
+            pictures = sum(not isinstance(part, int) for part in parts)
+            assert len(result.origin()[sample]) == len(result.stages[1].tokens_in[sample]) == pictures
+            assert sum(result.stages[1].tokens_out[sample]) >= bool(pictures)
+
+    def test_prompt_lookup_equals_plain_decoding(self, name):
+        model, family = model_of(name), FAMILIES[name]
+        with apet.patched(model, ApetConfig.from_dict(STAGES["both"])):
+            inputs = family.inputs(family.prompts[:1])
+            guessed = generate(model, inputs, prompt_lookup_num_tokens=3)
+            assert torch.equal(generate(model, inputs).sequences, guessed.sequences)
+
+    def test_continuing_a_shortened_prompt_is_refused(self, name):
+        model, family = model_of(name), FAMILIES[name]
+        inputs = family.inputs(family.prompts[:1])
+        with apet.patched(model, ApetConfig.from_dict(VISION)):
+            first = generate(model, inputs)
+            ids = torch.cat([first.sequences, torch.tensor([[11, 12, 13]])], 1)
+            with pytest.raises(ValueError, match="compressed prompt"):
+                model.generate(input_ids=ids, past_key_values=first.past_key_values, max_new_tokens=3)
+            with pytest.raises(ValueError, match="already holds one"):
+                model(**inputs | {"attention_mask": None}, past_key_values=first.past_key_values)
+
+    def test_decoder_stages_alone_continue_right(self, name):
+        model, family = model_of(name), FAMILIES[name]
+        inputs = family.inputs(family.prompts[:1])
+        with apet.patched(model, ApetConfig.from_dict(LAYER)):
+            first = generate(model, inputs)
+            ids = torch.cat([first.sequences, torch.tensor([[11, 12, 13]])], 1)
+            mask = torch.ones_like(ids)
+            again = generate(
+                model, {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
+            )
+            longer = inputs | {"input_ids": ids, "attention_mask": mask}
+            if family.mrope:
+                types = inputs["mm_token_type_ids"]
+                longer["mm_token_type_ids"] = torch.nn.functional.pad(types, (0, ids.shape[1] - types.shape[1]))
+            assert torch.equal(again.sequences, generate(model, longer).sequences)
+
+    def test_random_selection_keeps_the_budget(self, name):
+        model, family = model_of(name), FAMILIES[name]
+        config = ApetConfig(
+            visual_token_num=5, layer_list=[2], image_token_list=[3], method="random", budget_per="image"
+        )
+        with apet.patched(model, config):
+            generate(model, family.inputs(family.prompts))
+            result = apet.last_result(model)
+        for sample, parts in enumerate(family.prompts):
+            for index, part in enumerate(part for part in parts if not isinstance(part, int)):
+                if not any(follows for *_, follows in family.roles(part)):
+                    assert len(result.origin()[sample][index]) == 3
 
     def test_pictures_that_were_not_encoded_are_refused(self, name):
         model, family = FAMILIES[name].build("sdpa"), FAMILIES[name]

@@ -147,6 +147,7 @@ class _Call:
     state: _State | None = None
     layout: Layout | None = None
     positions: Tensor | None = None
+    shortened: np.ndarray | bool = False
     ids: Tensor | None = None
     items: Tensor | None = None
     records: tuple[ImageRecord, ...] | None = None
@@ -306,6 +307,7 @@ class DecoderPatch:
         for unit, choice, columns in zip(units, choices, places, strict=True):
             if choice.tokens is not None:
                 packed[unit.row, to_device(columns[choice.places], hidden.device)] = choice.tokens
+        call.shortened = call.shortened | (move.layout.valid.sum(1) < call.layout.valid.sum(1))
         call.layout = move.layout
         self._open_group(call, stage, source, hidden.device)
         if call.layout.has_padding:
@@ -330,8 +332,8 @@ class DecoderPatch:
             rows = to_device(np.array([[units[member].row] for member in members]), hidden.device)
             block = hidden[rows, to_device(columns, hidden.device)]
             result = rules[members[0]].select(block, counts[members[0]])
-            if result.indices.shape[1] > block.shape[1]:
-                continue  # with the basis appended there would be more rows than before
+            if result.indices.shape[1] >= block.shape[1]:
+                continue  # with the basis appended there would be no fewer rows than before
             simple = [_is_simple(units[member], candidates[member]) for member in members]
             known = None if all(simple) else result.indices.cpu().numpy()
             for position, member in enumerate(members):
@@ -346,14 +348,19 @@ class DecoderPatch:
         """Start the layer group behind a stage that dropped tokens: its mask and positions."""
         layout = call.layout
         valid = to_device(layout.valid, device)
-        if self._keep_positions:
-            moved = source.expand(*call.positions.shape[:-1], -1)
-            call.positions = call.positions.gather(-1, moved).masked_fill(~valid, 0)
-            last = call.state.original_last
-        else:
+        moved = source.expand(*call.positions.shape[:-1], -1)
+        kept, last = call.positions.gather(-1, moved).masked_fill(~valid, 0), call.state.original_last
+        if not self._keep_positions:
             compact = (valid.long().cumsum(-1) - 1).clamp(min=0)
-            call.positions = compact.expand(*call.positions.shape[:-1], -1)
-            last = call.positions[..., -1:]
+            if self._adapter.position_axes > 1:
+                # Counting would change rows that lost nothing: their answers must not depend on the rest of the batch.
+                shortened = to_device(call.shortened, device).unsqueeze(-1)
+                last = torch.where(shortened, compact[:, -1:], last)
+                compact = torch.where(shortened, compact, kept)
+            else:
+                last = compact[:, -1:]
+            kept = compact
+        call.positions = kept
         mask = valid if layout.has_padding else None
         call.state.groups.append(_Group(stage.layer, layout.length, mask, last))
 
