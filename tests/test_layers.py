@@ -63,7 +63,7 @@ LAYERS = (
 
 # Modules that only some places may use, whatever the table above says.
 RESERVED = {
-    "argparse": ("apet.eval", "apet.bench", "apet.compare", "apet.report", "llava.eval", "llava.serve"),
+    "argparse": ("apet.eval", "apet.bench", "apet.compare", "apet.vis", "apet.report", "llava.eval", "llava.serve"),
     "flash_attn": (),  # transformers' attn_implementation loads it
 }
 FORBIDDEN_CALLS = {"eval", "exec"}  # user text is parsed as literals

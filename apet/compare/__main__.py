@@ -1,0 +1,91 @@
+"""The command line: ``python -m apet.compare``."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from apet.compare.difficulty import CHEAP, split_by_difficulty
+from apet.compare.execute import Place, execute
+from apet.compare.loader import LoadedModel, add_loader_flag, find_loader
+from apet.compare.plan import parse_budgets, parse_methods, parse_names, plan_cells
+from apet.compare.plot import check_matplotlib, write_png
+from apet.compare.results import rows_of
+from apet.compare.table import has_random_weights, markdown, write_csv
+from apet.compare.tasks import open_task
+from apet.eval.benchmarks.files import write_text_atomic
+from apet.eval.scoring_cli import Parser, run
+
+
+def parser(loader: ModuleType | None = None) -> Parser:
+    """The program's flags, with those of the module that loads checkpoints."""
+    flags = Parser(
+        prog="python -m apet.compare", description="Compare compression methods on one checkpoint.", allow_abbrev=False
+    )
+    flags.add_argument("--data", default="data/eval", help="folder of the benchmarks, see data/README.md")
+    flags.add_argument("--benchmarks", default="gqa,pope,textvqa", help="separated by commas")
+    flags.add_argument("--methods", default="apet,random", help="separated by commas, or all")
+    flags.add_argument("--tokens", default="192,128,64", help="tokens per image, averaged over the decoder layers")
+    flags.add_argument("--seeds", type=int, default=3, help="seeds of methods that draw at random")
+    flags.add_argument("--out", default="runs/compare", help="answers, records, scores, table and picture go here")
+    flags.add_argument("--limit", type=int, default=None, help="only the first so many questions of each benchmark")
+    flags.add_argument("--batch_size", type=int, default=1, help="questions per batch; answers do not depend on it")
+    flags.add_argument("--num_workers", type=int, default=4, help="processes that open images; 0 for none")
+    flags.add_argument(
+        "--difficulty", action="store_true", help="report apart what average pooling to the same budget answers too"
+    )
+    flags.add_argument("--no_png", action="store_true", help="no accuracy.png")
+    add_loader_flag(flags)
+    if loader is not None:
+        loader.add_flags(flags)
+    return flags
+
+
+def compare(args: argparse.Namespace, loader: ModuleType) -> None:
+    """Run, then print the table and write it with the picture.
+
+    Raises:
+        ValueError: A value that cannot be; checked before the checkpoint is loaded where that is possible.
+    """
+    methods, budgets = parse_methods(args.methods), parse_budgets(args.tokens)
+    if args.difficulty:
+        methods = list(dict.fromkeys([*methods, CHEAP]))
+    for flag, value in (("--seeds", args.seeds), ("--limit", args.limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} {value} must be at least 1")
+    if not args.no_png:
+        check_matplotlib()
+    out = Path(args.out).expanduser()
+    tasks = [open_task(name, args.data, out, args.limit) for name in parse_names(args.benchmarks, "--benchmarks")]
+    loaded: LoadedModel = loader.load(args)
+    cells, unreachable = plan_cells(methods, budgets, args.seeds, loaded.image_tokens, loaded.layers)
+    finished, refused = execute(loaded, cells, tasks, Place(out, args.batch_size, args.num_workers))
+    tables = rows_of(finished)
+    text = markdown(
+        tables, finished, [*unreachable, *refused], split_by_difficulty(finished) if args.difficulty else {}
+    )
+    write_text_atomic(out / "table.md", text)
+    write_csv(out / "table.csv", tables)
+    print(text, end="")
+    if not args.no_png:
+        warning = " (random weights: the scores mean nothing)" if has_random_weights(finished) else ""
+        write_png(out / "accuracy.png", tables, loaded.model_id + warning)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status; what the user can mend is one line on stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("transformers", "httpx", "accelerate", "PIL", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        loader = find_loader(argv)
+    except ValueError as error:
+        print(f"{parser().prog}: error: {error}", file=sys.stderr)
+        return 1
+    return run(parser(loader), lambda args: compare(args, loader), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

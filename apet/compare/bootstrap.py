@@ -1,0 +1,118 @@
+"""Paired bootstrap: the same resamples of the questions for every run, so that differences are within questions.
+
+A resample draws as many questions as there are, with replacement, inside each stratum (POPE's splits; otherwise there
+is one stratum). The headline score is computed anew on every resample: mean correctness, or the mean over the splits of
+F1. Percentages and differences are taken per resample and then summarised by the 2.5 % and 97.5 % quantiles.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 2000
+_SEED = 20_000
+_BLOCK = 100
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run's answers, judged, question by question.
+
+    Attributes:
+        ids: Question ids.
+        correct: (n,) correctness in 0..1.
+        truth: (n,) bool, the right answer is "yes": the headline is the mean over strata of F1. None: the headline is
+            the mean of `correct`.
+        strata: (n,) int, the stratum of every question; None for one.
+    """
+
+    ids: tuple[str, ...]
+    correct: np.ndarray
+    truth: np.ndarray | None = None
+    strata: np.ndarray | None = None
+
+    @property
+    def groups(self) -> list[np.ndarray]:
+        """Question numbers of every stratum."""
+        if self.strata is None:
+            return [np.arange(len(self.ids))]
+        return [np.flatnonzero(self.strata == stratum) for stratum in np.unique(self.strata)]
+
+    def scores(self, counts: np.ndarray) -> np.ndarray:
+        """(r,) headline scores in percent where question i counts ``counts[:, i]`` times, counts (r, n)."""
+        if self.truth is None:
+            return 100 * (counts @ self.correct) / counts.sum(1)
+        return 100 * np.mean([self._f1(counts[:, group], group) for group in self.groups], axis=0)
+
+    @property
+    def score(self) -> float:
+        """The headline score itself."""
+        return float(self.scores(np.ones((1, len(self.ids))))[0])
+
+    def _f1(self, counts: np.ndarray, group: np.ndarray) -> np.ndarray:
+        """2 TP / (2 TP + FP + FN); 0 without a true positive, as the scorer has it."""
+        right = counts @ (self.truth[group] * self.correct[group])
+        wrong = counts @ (1 - self.correct[group])
+        return 2 * right / np.maximum(2 * right + wrong, 1)
+
+
+def resampled_counts(groups: Sequence[np.ndarray], resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """(resamples, n) how often each question is drawn."""
+    counts = np.zeros((resamples, sum(map(len, groups))))
+    for group in groups:
+        drawn = generator.integers(0, len(group), (resamples, len(group)))
+        flat = drawn + np.arange(resamples)[:, None] * len(group)
+        counts[:, group] = np.bincount(flat.ravel(), minlength=resamples * len(group)).reshape(resamples, -1)
+    return counts
+
+
+def resampled_scores(name: str, outcomes: Sequence[Outcome], resamples: int = RESAMPLES) -> np.ndarray:
+    """(runs, resamples) headline scores; resample r is the same questions for every run.
+
+    Args:
+        name: The benchmark: it seeds the draw, so that benchmarks are resampled independently and reproducibly.
+        outcomes: Runs over the same questions in any order.
+        resamples: Number of resamples.
+
+    Raises:
+        ValueError: Runs over different questions.
+    """
+    aligned = [_aligned(outcome, outcomes[0]) for outcome in outcomes]
+    return np.concatenate(
+        [
+            np.stack([outcome.scores(counts) for outcome in aligned])
+            for counts in _blocks(outcomes[0].groups, name, resamples)
+        ],
+        axis=1,
+    )
+
+
+def interval(values: np.ndarray) -> tuple[float, float] | None:
+    """95 % quantile interval; None where a resample has no value."""
+    if not np.isfinite(values).all():
+        return None
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _blocks(groups: Sequence[np.ndarray], name: str, resamples: int) -> Iterator[np.ndarray]:
+    # In blocks: 2,000 x 12,578 counts at once would take 200 MB.
+    generator = np.random.default_rng([_SEED, zlib.crc32(name.encode())])
+    for start in range(0, resamples, _BLOCK):
+        yield resampled_counts(groups, min(_BLOCK, resamples - start), generator)
+
+
+def _aligned(outcome: Outcome, reference: Outcome) -> Outcome:
+    """The outcome in the question order of another one."""
+    if outcome.ids == reference.ids:
+        return outcome
+    place = {key: index for index, key in enumerate(outcome.ids)}
+    if set(place) != set(reference.ids):
+        raise ValueError(
+            f"two runs answered different questions ({len(outcome.ids)} and {len(reference.ids)}); give another --out"
+        )
+    order = np.array([place[key] for key in reference.ids])
+    truth, strata = (None if values is None else values[order] for values in (outcome.truth, outcome.strata))
+    return Outcome(reference.ids, outcome.correct[order], truth, strata)

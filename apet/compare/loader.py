@@ -1,0 +1,75 @@
+"""Where checkpoints are loaded: a package beside `apet` with a module `eval/apet_loader.py`.
+
+`apet` knows no such package. It looks for the module, or takes its name from ``--loader package.module``. The module
+has two functions:
+
+    add_flags(parser)  the flags that name a checkpoint and how it answers
+    load(args)         a `LoadedModel`
+"""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+from torch import nn
+
+from apet.config import ApetConfig
+from apet.eval.answerer import Answerer
+from apet.eval.scoring_cli import Parser
+
+_MODULE = "eval/apet_loader.py"
+
+
+class LoadedModel(Protocol):
+    """A checkpoint in memory.
+
+    Attributes:
+        model: The model, of a family that `apet.apply_patch` serves.
+        model_id: Name of the checkpoint in tables.
+        image_tokens: Visual tokens of an uncompressed image.
+        layers: Decoder layers.
+        grid: (rows, columns) of an image's tokens.
+    """
+
+    model: nn.Module
+    model_id: str
+    image_tokens: int
+    layers: int
+    grid: tuple[int, int]
+
+    def answerer(self, config: ApetConfig) -> Answerer:
+        """The model with this compression; ValueError where the model or the method cannot do it."""
+
+    def seen(self, prepared: Any) -> np.ndarray:
+        """(H, W, 3) uint8 picture that the model gets of a prepared question, in the shape of its tokens' grid."""
+
+
+def find_loader(argv: Sequence[str] | None = None) -> ModuleType:
+    """The module that ``--loader`` names, or the only one there is beside `apet`.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    first = Parser(add_help=False)
+    add_loader_flag(first)
+    name = first.parse_known_args(sys.argv[1:] if argv is None else argv)[0].loader
+    if name is None:
+        here = Path(__file__).resolve().parents[2]
+        names = sorted(".".join(path.relative_to(here).with_suffix("").parts) for path in here.glob(f"*/{_MODULE}"))
+        if len(names) != 1:
+            found = f"there are {', '.join(names)}" if names else f"no package beside apet has one (*/{_MODULE})"
+            raise ValueError(f"which module loads the checkpoint? {found}; name it with --loader package.module")
+        name = names[0]
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--loader {name!r} cannot be imported: {error}") from None
+
+
+def add_loader_flag(parser: Parser) -> None:
+    """Which module loads the checkpoint."""
+    parser.add_argument("--loader", metavar="MODULE", help="module that loads the checkpoint (default: the only one)")

@@ -1,0 +1,115 @@
+"""What is compared: one cell per method, budget and seed, and the reasons why others are left out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from apet.config import ApetConfig
+from apet.methods import get_method, method_names
+
+# Methods whose selection depends on the seed; every other one gives the same answers with every seed.
+DRAWS_AT_RANDOM = ("random",)
+UNCOMPRESSED = "none"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One compression that is run over all benchmarks.
+
+    Attributes:
+        method: Registered name.
+        tokens: Visual tokens per image asked for, averaged over the decoder layers; None for the uncompressed model.
+        seed: Seed of a method that draws at random, None for the others.
+        config: What the model is patched with.
+    """
+
+    method: str
+    tokens: int | None
+    seed: int | None
+    config: ApetConfig
+
+    @property
+    def name(self) -> str:
+        """Folder and file name: "random-64-seed1"."""
+        parts = [self.method, *([] if self.tokens is None else [str(self.tokens)])]
+        return "-".join([*parts, *([] if self.seed is None else [f"seed{self.seed}"])])
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A method that does not run at a budget.
+
+    Attributes:
+        method: Registered name.
+        tokens: Budget.
+        reason: Why not.
+    """
+
+    method: str
+    tokens: int
+    reason: str
+
+
+def plan_cells(
+    methods: Sequence[str], budgets: Sequence[int], seeds: int, image_tokens: int, layers: int
+) -> tuple[list[Cell], list[Skip]]:
+    """The uncompressed cell first, then method by method; budgets a method cannot reach are skips.
+
+    A budget of all tokens of an image is the uncompressed cell.
+
+    Args:
+        methods: Registered names.
+        budgets: Visual tokens per image, averaged over the decoder layers.
+        seeds: Number of seeds of methods that draw at random.
+        image_tokens: Visual tokens of an uncompressed image.
+        layers: Decoder layers of the model.
+    """
+    cells, skips = [Cell(UNCOMPRESSED, None, None, ApetConfig(method=UNCOMPRESSED))], []
+    for name in methods:
+        for tokens in budgets:
+            if name == UNCOMPRESSED or tokens >= image_tokens:
+                continue
+            try:
+                fields = get_method(name).plan(tokens, image_tokens, layers)
+                for seed in range(seeds) if name in DRAWS_AT_RANDOM else (None,):
+                    cells.append(Cell(name, tokens, seed, ApetConfig(method=name, seed=seed or 0, **fields)))
+            except ValueError as error:
+                skips.append(Skip(name, tokens, str(error)))
+    return cells, skips
+
+
+def parse_methods(text: str) -> list[str]:
+    """Names in the order given; "all" stands for every registered method but the uncompressed one.
+
+    Raises:
+        ValueError: An unknown name, or none at all.
+    """
+    names: list[str] = []
+    for word in _words(text, "--methods"):
+        names += [name for name in method_names() if name != UNCOMPRESSED] if word == "all" else [word]
+    for name in names:
+        get_method(name)
+    return list(dict.fromkeys(names))
+
+
+def parse_budgets(text: str) -> list[int]:
+    """Budgets, the largest first.
+
+    Raises:
+        ValueError: Something that is no whole number of at least 1.
+    """
+    words = _words(text, "--tokens")
+    if not all(word.isdecimal() and int(word) >= 1 for word in words):
+        raise ValueError(f"--tokens {text!r} must be whole numbers of at least 1 separated by commas, like 192,128,64")
+    return sorted(set(map(int, words)), reverse=True)
+
+
+def parse_names(text: str, flag: str) -> list[str]:
+    """Names separated by commas, each once."""
+    return list(dict.fromkeys(word.lower() for word in _words(text, flag)))
+
+
+def _words(text: str, flag: str) -> list[str]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise ValueError(f"{flag} {text!r} names nothing; give names separated by commas")
+    return words

@@ -1,0 +1,94 @@
+"""accuracy.png: score against layer-averaged tokens, one panel per benchmark, one line per method."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from apet.compare.plan import UNCOMPRESSED
+from apet.compare.results import AVERAGE, Row
+from apet.eval.benchmarks.files import replacing
+
+_MARKERS = "os^vDPX*<>p"  # coprime to the 20 colours: no pair of both comes twice
+
+
+def check_matplotlib() -> None:
+    """ValueError if the picture cannot be drawn; asked before hours are spent on answers."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("accuracy.png needs matplotlib: pip install matplotlib, or leave it out with --no_png")
+
+
+def write_png(path: Path, tables: Mapping[str, Sequence[Row]], title: str) -> None:
+    """Draw the tables; bars are 95 % intervals, the dashed line is the uncompressed model."""
+    from matplotlib.figure import Figure  # optional: see check_matplotlib
+
+    across = min(2, len(tables))
+    down = -(-len(tables) // across)
+    figure = Figure(figsize=(5.2 * across, 3.9 * down + 0.6), layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    methods = list(dict.fromkeys(row.method for rows in tables.values() for row in rows if row.budget is not None))
+    for axis, (name, rows) in zip(axes, tables.items(), strict=False):
+        _panel(axis, name, rows, methods)
+    for axis in axes[len(tables) :]:
+        axis.set_axis_off()
+    handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)))
+    figure.suptitle(title)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
+
+
+def _panel(axis: Any, name: str, rows: Sequence[Row], methods: Sequence[str]) -> None:
+    percent = name == AVERAGE
+    full = next(row for row in rows if row.method == UNCOMPRESSED)
+    height = full.percent if percent else full.score
+    if height is not None:
+        axis.axhline(height, color="black", linestyle="--", linewidth=1, label="uncompressed", zorder=1)
+        axis.plot(_measured(full), height, marker="s", markersize=5, color="black")
+    ticks = {_place(row) for row in rows}
+    for number, method in enumerate(methods):
+        points = sorted((row for row in rows if row.method == method), key=_place)
+        points = [row for row in points if not percent or row.percent is not None]
+        if points:
+            _line(axis, points, percent, number, method)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(sorted(ticks), [f"{tick:.0f}" for tick in sorted(ticks)])
+    axis.minorticks_off()
+    axis.set(xlabel="visual tokens, averaged over layers", title="mean of the benchmarks" if percent else name)
+    axis.set_ylabel("% of uncompressed" if percent else f"{full.metric}, %")
+    axis.grid(alpha=0.3)
+
+
+def _line(axis: Any, points: Sequence[Row], percent: bool, number: int, method: str) -> None:
+    """Points of a method with intervals, moved apart a little so that the bars of methods can be told from another."""
+    places = [_measured(row) * 1.012 ** (number % 5 - 2) for row in points]
+    heights = [row.percent if percent else row.score for row in points]
+    bounds = [_bounds(row, percent) or (height, height) for row, height in zip(points, heights, strict=True)]
+    below = [max(0.0, height - low) for height, (low, _) in zip(heights, bounds, strict=True)]
+    above = [max(0.0, high - height) for height, (_, high) in zip(heights, bounds, strict=True)]
+    _, caps, bars = axis.errorbar(
+        places, heights, yerr=[below, above], label=method, color=_colour(number), marker=_MARKERS[number % 11],
+        markersize=5, linewidth=1.4, capsize=2, elinewidth=0.8,
+    )  # fmt: skip
+    for part in (*caps, *bars):
+        part.set_alpha(0.6)
+
+
+def _colour(number: int) -> tuple[float, ...]:
+    """The ten strong colours first, then their light ones."""
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](number % 20 * 2 if number % 20 < 10 else number % 20 * 2 - 19)
+
+
+def _bounds(row: Row, percent: bool) -> tuple[float, float] | None:
+    return row.percent_interval if percent else row.score_interval
+
+
+def _place(row: Row) -> float:
+    """Where the tick stands: the budget asked for, of which the measured tokens differ by rounding."""
+    return float(row.budget) if row.budget is not None else _measured(row)
+
+
+def _measured(row: Row) -> float:
+    return row.tokens if row.tokens is not None else float(row.budget or 1)

@@ -1,0 +1,197 @@
+"""From finished cells to rows: score, percent of the uncompressed model with its interval, rank, tokens, speed."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from apet.compare.bootstrap import RESAMPLES, interval, resampled_scores
+from apet.compare.execute import Finished
+from apet.compare.plan import UNCOMPRESSED
+
+AVERAGE = "average"
+BASELINE = "random"
+Interval = tuple[float, float] | None
+_Key = tuple[str, int | None]  # method, budget
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method at a budget, on one benchmark or on average; seeds are pooled.
+
+    Attributes:
+        benchmark: Name of the task, or "average".
+        metric: What the score is.
+        method: Registered name.
+        budget: Tokens asked for; None for the uncompressed model.
+        score: Mean over the seeds; on average the mean over the benchmarks.
+        spread: Standard deviation of the score over seeds; None with fewer than two.
+        score_interval: 95 % interval of the score itself.
+        percent: Percent of the uncompressed score; on average the mean percentage.
+        percent_interval: Its 95 % interval.
+        difference: Score minus that of random selection at the same budget, in points.
+        difference_interval: Its 95 % interval.
+        rank: 1 for the best at this budget; equal values share the better rank.
+        tokens: Visual tokens per question averaged over layers, as measured.
+        speed: Questions per second.
+        versus_none: `speed` divided by that of the uncompressed model.
+        versus_random: `speed` divided by that of random selection at the same budget.
+        seeds: Number of seeds; 1 for methods that do not draw.
+        questions: Questions scored.
+    """
+
+    benchmark: str
+    metric: str
+    method: str
+    budget: int | None
+    score: float
+    tokens: float | None
+    speed: float | None
+    questions: int
+    seeds: int
+    spread: float | None = None
+    score_interval: Interval = None
+    percent: float | None = None
+    percent_interval: Interval = None
+    difference: float | None = None
+    difference_interval: Interval = None
+    rank: int | None = None
+    versus_none: float | None = None
+    versus_random: float | None = None
+    resamples: np.ndarray = field(default=None, repr=False, compare=False)
+    percent_resamples: np.ndarray = field(default=None, repr=False, compare=False)
+
+
+def rows_of(finished: Sequence[Finished], resamples: int = RESAMPLES) -> dict[str, list[Row]]:
+    """Rows by benchmark; with more than one benchmark the average comes first.
+
+    Within a benchmark the uncompressed model comes first, then budget by budget, the best method first.
+    """
+    tables = {}
+    for task in dict.fromkeys(one.task.name for one in finished):
+        tables[task] = _benchmark_rows([one for one in finished if one.task.name == task], resamples)
+    if len(tables) > 1:
+        tables = {AVERAGE: _average_rows(list(tables.values())), **tables}
+    return {name: _ordered(_ranked(_compared(rows))) for name, rows in tables.items()}
+
+
+def _benchmark_rows(finished: Sequence[Finished], resamples: int) -> list[Row]:
+    task = finished[0].task
+    outcomes = [one.task.outcome(one.score["per_sample"], one.answers) for one in finished]
+    for one, outcome in zip(finished, outcomes, strict=True):
+        assert abs(outcome.score - one.score["value"]) < 0.01, f"{one.answers}: the headline is not what is resampled"
+    values = resampled_scores(task.name, outcomes, resamples)
+    groups: dict[_Key, list[int]] = {}
+    for index, one in enumerate(finished):
+        groups.setdefault((one.cell.method, one.cell.tokens), []).append(index)
+    return [_row([finished[index] for index in members], values[members].mean(0)) for members in groups.values()]
+
+
+def _row(members: Sequence[Finished], values: np.ndarray) -> Row:
+    first = members[0]
+    scores = [one.score["value"] for one in members]
+    counts = [one.record["counts"] for one in members]
+    seconds = sum(count["seconds"] for count in counts)
+    return Row(
+        benchmark=first.task.name,
+        metric=first.score["metric"],
+        method=first.cell.method,
+        budget=first.cell.tokens,
+        score=float(np.mean(scores)),
+        tokens=_mean(one.record["layer_averaged_tokens"] for one in members),
+        speed=sum(count["answers"] for count in counts) / seconds if seconds else None,
+        questions=first.score["n_questions"],
+        seeds=len(members),
+        spread=float(np.std(scores, ddof=1)) if len(members) > 1 else None,
+        resamples=values,
+    )
+
+
+def _average_rows(tables: Sequence[Sequence[Row]]) -> list[Row]:
+    """Means over the benchmarks of the methods that have all of them; speed is of all questions together."""
+    by_key: dict[_Key, list[Row]] = {}
+    for row in (row for rows in tables for row in _compared(rows)):
+        by_key.setdefault((row.method, row.budget), []).append(row)
+    averages = []
+    for (method, budget), rows in by_key.items():
+        if len(rows) < len(tables):
+            continue
+        seconds = [row.questions / row.speed for row in rows if row.speed]
+        whole = len(seconds) == len(rows)
+        averages.append(
+            Row(
+                benchmark=AVERAGE,
+                metric="mean of the benchmarks",
+                method=method,
+                budget=budget,
+                score=float(np.mean([row.score for row in rows])),
+                tokens=_mean(row.tokens for row in rows),
+                speed=sum(row.questions for row in rows) / sum(seconds) if whole and sum(seconds) else None,
+                questions=sum(row.questions for row in rows),
+                seeds=rows[0].seeds,
+                percent=_mean(row.percent for row in rows),
+                resamples=np.mean([row.resamples for row in rows], axis=0),
+                percent_resamples=np.mean([row.percent_resamples for row in rows], axis=0),
+            )
+        )
+    return averages
+
+
+def _compared(rows: Sequence[Row]) -> list[Row]:
+    """Rows set against the uncompressed row and against random selection at the same budget."""
+    full = next(row for row in rows if row.method == UNCOMPRESSED)
+    baselines = {row.budget: row for row in rows if row.method == BASELINE}
+    return [_against(row, full, baselines.get(row.budget)) for row in rows]
+
+
+def _against(row: Row, full: Row, baseline: Row | None) -> Row:
+    percents, percent = row.percent_resamples, row.percent
+    if percents is None:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            percents = 100 * row.resamples / full.resamples
+        percent = 100 * row.score / full.score if full.score else None
+    row = replace(
+        row,
+        score_interval=interval(row.resamples),
+        percent=percent,
+        percent_resamples=percents,
+        percent_interval=None if row is full or percent is None else interval(percents),
+        versus_none=_ratio(row.speed, full.speed),
+    )
+    if baseline is None:
+        return row
+    row = replace(row, versus_random=_ratio(row.speed, baseline.speed))
+    if row.method == BASELINE:
+        return row
+    return replace(
+        row,
+        difference=row.score - baseline.score,
+        difference_interval=interval(row.resamples - baseline.resamples),
+    )
+
+
+def _ranked(rows: Sequence[Row]) -> list[Row]:
+    """Ranks among the methods of each budget: by score, on average by mean percentage."""
+    values = {id(row): row.score if row.benchmark != AVERAGE or row.percent is None else row.percent for row in rows}
+    ranked = []
+    for row in rows:
+        # Rounded: two ways of adding up the same answers must not make two ranks.
+        better = [
+            other for other in rows
+            if other.budget == row.budget and round(values[id(other)], 6) > round(values[id(row)], 6)
+        ]  # fmt: skip
+        ranked.append(row if row.method == UNCOMPRESSED else replace(row, rank=1 + len(better)))
+    return ranked
+
+
+def _ordered(rows: Sequence[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (row.budget is not None, -(row.budget or 0), row.rank or 0, row.method))
+
+
+def _ratio(value: float | None, other: float | None) -> float | None:
+    return value / other if value and other else None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    values = list(values)
+    return None if not values or None in values else float(np.mean(values))

@@ -1,0 +1,153 @@
+"""The comparison as text: Markdown for people, CSV for programs."""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from apet.compare.bootstrap import RESAMPLES
+from apet.compare.difficulty import SplitRow
+from apet.compare.execute import Finished
+from apet.compare.plan import UNCOMPRESSED, Skip
+from apet.compare.results import AVERAGE, Interval, Row
+from apet.eval.benchmarks.files import replacing
+
+_HEADER = ("method", "budget", "tokens", "score", "% of none", "95 %", "rank", "above random", "95 %",
+           "speed / none", "speed / random", "seeds")  # fmt: skip
+_SPLIT_HEADER = ("method", "budget", "hard, %", "questions", "easy, %", "questions")
+_CSV = ("benchmark", "metric", "method", "budget", "tokens", "score", "spread", "percent", "percent_low",
+        "percent_high", "rank", "difference", "difference_low", "difference_high", "speed", "versus_none",
+        "versus_random", "seeds", "questions")  # fmt: skip
+
+
+def markdown(
+    tables: Mapping[str, Sequence[Row]],
+    finished: Sequence[Finished],
+    skips: Sequence[Skip],
+    split: Mapping[str, Sequence[SplitRow]],
+) -> str:
+    """Caption, one table per benchmark, what the columns mean, the split by difficulty, and what was not run."""
+    parts = [caption(finished), *(f"NOTE: {note}\n" for note in notes(finished))]
+    for name, rows in tables.items():
+        title = name if name == AVERAGE else f"{name} ({rows[0].metric}, {rows[0].questions:,} questions)"
+        parts.append(f"### {title}\n\n{_aligned([_HEADER, *map(_cells, rows)])}")
+    parts.append(_LEGEND)
+    for name, rows in split.items():
+        cells = [(row.method, str(row.budget), _number(row.hard, 1), str(row.n_hard), _number(row.easy, 1),
+                  str(row.n_easy)) for row in rows]  # fmt: skip
+        parts.append(f"### {name}, by difficulty\n\n{_aligned([_SPLIT_HEADER, *cells])}")
+    if split:
+        parts.append(_SPLIT_LEGEND)
+    if skips:
+        lines = "".join(f"- {method} at {budgets}: {reason}\n" for method, budgets, reason in _grouped(skips))
+        parts.append(f"Not run:\n\n{lines}")
+    return "\n".join(parts)
+
+
+def caption(finished: Sequence[Finished]) -> str:
+    """Model, precision, device, batch size and versions, as the run records have them."""
+    record = finished[0].record
+    settings, environment = record["settings"], record["environment"]
+    libraries = environment.get("libraries", {})
+    facts = [
+        f"dtype {settings.get('dtype', 'unknown')}",
+        f"attention {settings['attn_implementation']}" if settings.get("attn_implementation") else "",
+        f"device {environment['device']}",
+        f"batch size {environment['batch_size']}",
+        f"{environment['threads']} CPU threads" if environment["device"] == "cpu" else "",
+        *(f"{name} {libraries[name]}" for name in ("torch", "transformers") if libraries.get(name)),
+        f"commit {environment['commit'][:8]}" if environment.get("commit") else "",
+    ]
+    return f"**{settings['model_id']}**: {', '.join(fact for fact in facts if fact)}.\n"
+
+
+def has_random_weights(finished: Sequence[Finished]) -> bool:
+    """Whether the checkpoint says so itself."""
+    return any(one.record["settings"].get("sample_weights") == "random" for one in finished)
+
+
+def notes(finished: Sequence[Finished]) -> list[str]:
+    """What a reader must know before using the numbers."""
+    found = []
+    if has_random_weights(finished):
+        found.append("this checkpoint has random weights; its scores mean nothing")
+    limited = [name for name in dict.fromkeys(one.task.name for one in finished) if "-first" in name]
+    if limited:
+        found.append(f"only the first questions were answered and scored ({', '.join(limited)})")
+    places = {tuple(str(one.record["environment"].get(key)) for key in ("device", "batch_size", "threads"))
+              for one in finished}  # fmt: skip
+    if len(places) > 1:
+        found.append("the runs were made on different devices, threads or batch sizes; their speeds do not compare")
+    failures = [one.answers.parent.name for one in finished if one.record["failures"]]
+    if failures:
+        found.append(f"questions without an answer in {', '.join(failures)}")
+    return found
+
+
+def write_csv(path: Path, tables: Mapping[str, Sequence[Row]]) -> None:
+    """One line per row of all tables, numbers in full."""
+    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, _CSV)
+        writer.writeheader()
+        for row in (row for rows in tables.values() for row in rows):
+            values = {name: getattr(row, name, None) for name in _CSV}
+            for name in ("percent", "difference"):
+                bounds = getattr(row, f"{name}_interval") or (None, None)
+                values |= {f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
+            writer.writerow(values)
+
+
+_LEGEND = f"""\
+budget: visual tokens per question asked for, averaged over the decoder layers; tokens: the same as measured. none: the
+uncompressed model. score: mean over the seeds, ± their standard deviation; on average the mean over the benchmarks.
+95 %: paired bootstrap over the questions ({RESAMPLES:,} resamples; random selection: mean over its seeds in each).
+rank: at the same budget, 1 is best. above random: points above random selection at the same budget. speed: questions
+per second, without loading the model.
+"""
+_SPLIT_LEGEND = """\
+Only questions that the uncompressed model answers (correctness of at least 0.5). hard: average pooling to the same
+budget fails; easy: it succeeds too, so these say little about a method. Mean correctness, random selection over its
+seeds.
+"""
+
+
+def _cells(row: Row) -> list[str]:
+    score = _number(row.score, 2) + ("" if row.spread is None else f" ± {row.spread:.2f}")
+    return [
+        row.method,
+        "all" if row.method == UNCOMPRESSED else str(row.budget),
+        _number(row.tokens, 1),
+        score,
+        _number(row.percent, 1),
+        _bounds(row.percent_interval, 1),
+        "" if row.rank is None else str(row.rank),
+        "" if row.difference is None else f"{row.difference:+.2f}",
+        _bounds(row.difference_interval, 2),
+        _number(row.versus_none, 2, "x"),
+        _number(row.versus_random, 2, "x"),
+        str(row.seeds),
+    ]
+
+
+def _number(value: float | None, digits: int, unit: str = "") -> str:
+    return "" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _bounds(bounds: Interval, digits: int) -> str:
+    return "" if bounds is None else f"{bounds[0]:.{digits}f} .. {bounds[1]:.{digits}f}"
+
+
+def _aligned(rows: Iterable[Sequence[str]]) -> str:
+    header, *lines = rows
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    table = [header, ["-" * width for width in widths], *lines]
+    return "".join(
+        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |\n" for line in table
+    )
+
+
+def _grouped(skips: Sequence[Skip]) -> list[tuple[str, str, str]]:
+    """(method, budgets, reason); reasons that name their budget stay apart."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for skip in skips:
+        groups.setdefault((skip.method, skip.reason), []).append(str(skip.tokens))
+    return [(method, ", ".join(budgets), reason) for (method, reason), budgets in groups.items()]

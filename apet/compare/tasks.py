@@ -1,0 +1,136 @@
+"""Benchmarks as the comparison runs them: where their files are, their scorer, and what a score is made of.
+
+With a limit, the first N questions and the annotations that belong to them are written to files of their own, so that
+the scorers, which refuse partial answers, score exactly these questions.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from apet.compare.bootstrap import Outcome
+from apet.eval.benchmarks import Question, Score, get_benchmark
+from apet.eval.benchmarks.files import iterate_jsonl, read_answers, read_json, write_json_atomic, write_text_atomic
+from apet.eval.benchmarks.textvqa import question_of_prompt
+from apet.eval.data_check import find_data
+from apet.eval.metrics import pope_yes_no
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark, or its first questions, ready to be answered and scored.
+
+    Attributes:
+        name: The benchmark; with a limit "gqa-first100", which is also the folder of its runs.
+        benchmark: Registered name.
+        folder: Folder of the annotations.
+        question_file: Questions.
+        image_folder: Folder that image paths are relative to.
+        questions: What the question file holds.
+    """
+
+    name: str
+    benchmark: str
+    folder: Path
+    question_file: Path
+    image_folder: Path
+    questions: tuple[Question, ...]
+
+    def score(self, answers: Path) -> Score:
+        """Score an answers file."""
+        return _SCORERS[self.benchmark](self, answers)
+
+    def outcome(self, per_sample: Mapping[str, float], answers: Path) -> Outcome:
+        """What the headline score is computed from, question by question."""
+        ids = tuple(per_sample)
+        correct = np.array([per_sample[key] for key in ids], dtype=float)
+        if self.benchmark != "pope":
+            return Outcome(ids, correct)
+        said = {key: pope_yes_no(row["text"]) == "yes" for key, row in read_answers(answers).items()}
+        splits = {str(row["question_id"]): row["category"] for _, row in iterate_jsonl(self.question_file)}
+        names = sorted(set(splits.values()))
+        # An answer is "yes" and right, or "no" and wrong: then the truth is "yes".
+        truth = np.array([said[key] == (per_sample[key] > 0.5) for key in ids])
+        return Outcome(ids, correct, truth, np.array([names.index(splits[key]) for key in ids]))
+
+
+def open_task(benchmark: str, data: str, out: Path, limit: int | None) -> Task:
+    """The benchmark's files below `data`; with `limit` its first questions, written below `out`.
+
+    Raises:
+        ValueError: A benchmark without a scorer here, or files that are not there.
+    """
+    if benchmark not in _SCORERS:
+        raise ValueError(f"cannot compare on benchmark {benchmark!r}; available: {', '.join(_SCORERS)}")
+    entry = find_data(benchmark)
+    folder = Path(data).expanduser() / entry.folder
+    question_file = folder / entry.files[0].path
+    images = [folder / path for path in entry.images]
+    for path in (question_file, next((path for path in images if path.is_dir()), images[0])):
+        if not path.exists():
+            raise ValueError(f"{benchmark}: {path} is not there; --data must name the folder data/README.md describes")
+    image_folder = next(path for path in images if path.is_dir())
+    questions = get_benchmark(benchmark).read(question_file)
+    if limit is None or limit >= len(questions):
+        return Task(benchmark, benchmark, folder, question_file, image_folder, tuple(questions))
+    name = f"{benchmark}-first{limit}"
+    subset = out / "questions" / name
+    _write_first(question_file, subset / question_file.name, limit)
+    _SUBSETS[benchmark](folder, subset, questions[:limit])
+    return Task(name, benchmark, subset, subset / question_file.name, image_folder, tuple(questions[:limit]))
+
+
+def _write_first(source: Path, target: Path, limit: int) -> None:
+    rows = [row for _, row in iterate_jsonl(source)][:limit]
+    write_text_atomic(target, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+_GQA_ANSWERS = "testdev_balanced_questions.json"
+_TEXTVQA_ANSWERS = "TextVQA_0.5.1_val.json"
+
+
+def _gqa_subset(source: Path, target: Path, questions: list[Question]) -> None:
+    rows = read_json(source / _GQA_ANSWERS)
+    asked = [str(question.question_id) for question in questions]
+    write_json_atomic(target / _GQA_ANSWERS, {key: rows[key] for key in asked if key in rows})
+
+
+def _pope_subset(source: Path, target: Path, questions: list[Question]) -> None:
+    ids = {str(question.question_id) for question in questions}
+    rows = [row for path in target.glob("*.jsonl") for _, row in iterate_jsonl(path)]
+    for split in {row["category"] for row in rows if str(row["question_id"]) in ids}:
+        name = f"coco/coco_pope_{split}.json"
+        write_text_atomic(target / name, (source / name).read_text(encoding="utf-8"))
+
+
+def _textvqa_subset(source: Path, target: Path, questions: list[Question]) -> None:
+    asked = {(str(question.question_id), question_of_prompt(question.text)) for question in questions}
+    content = read_json(source / _TEXTVQA_ANSWERS)
+    rows = [row for row in content["data"] if (str(row["image_id"]), row["question"].lower()) in asked]
+    write_json_atomic(target / _TEXTVQA_ANSWERS, {**content, "data": rows})
+
+
+def _score_gqa(task: Task, answers: Path) -> Score:
+    return get_benchmark("gqa").score(questions=task.folder / _GQA_ANSWERS, predictions=answers)
+
+
+def _score_pope(task: Task, answers: Path) -> Score:
+    return get_benchmark("pope").score(
+        annotation_dir=task.folder / "coco", question_file=task.question_file, result_file=answers
+    )
+
+
+def _score_textvqa(task: Task, answers: Path) -> Score:
+    return get_benchmark("textvqa").score(annotation_file=task.folder / _TEXTVQA_ANSWERS, result_file=answers)
+
+
+_SCORERS: dict[str, Callable[[Task, Path], Score]] = {
+    "gqa": _score_gqa, "pope": _score_pope, "textvqa": _score_textvqa,
+}  # fmt: skip
+_SUBSETS: dict[str, Callable[[Path, Path, list[Question]], Any]] = {
+    "gqa": _gqa_subset, "pope": _pope_subset, "textvqa": _textvqa_subset,
+}  # fmt: skip

@@ -1,0 +1,135 @@
+"""The command line: ``python -m apet.vis``."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+import apet
+from apet.compare.loader import LoadedModel, add_loader_flag, find_loader
+from apet.compare.plan import parse_methods
+from apet.config import ApetConfig
+from apet.eval.benchmarks import Question
+from apet.eval.benchmarks.files import replacing
+from apet.eval.cli import add_compression_flags, config_from_flags
+from apet.eval.images import ImageError, open_images
+from apet.eval.scoring_cli import Parser, run
+from apet.methods import get_method
+from apet.vis.draw import draw
+from apet.vis.trace import MethodTrace, listening, trace
+
+
+def parser(loader: ModuleType | None = None) -> Parser:
+    """The program's flags, with those of the module that loads checkpoints."""
+    flags = Parser(
+        prog="python -m apet.vis", description="Draw what compression methods keep of an image.", allow_abbrev=False
+    )
+    flags.add_argument("image", help="the image file")
+    flags.add_argument("--question", default="What is in the image?")
+    flags.add_argument("--methods", default=None, help="separated by commas, or all (default: --method)")
+    flags.add_argument(
+        "--tokens", type=int, default=None,
+        help="tokens averaged over the decoder layers, spent as each method was published; instead of budget flags",
+    )  # fmt: skip
+    flags.add_argument("--out", default=None, help="the picture (default: <image>.vis.png); the data is <out>.npz")
+    add_loader_flag(flags)
+    if loader is not None:
+        loader.add_flags(flags)
+    add_compression_flags(flags)
+    return flags
+
+
+def visualise(args: argparse.Namespace, loader: ModuleType) -> None:
+    """Answer once per method, draw, and write the picture and its data.
+
+    Raises:
+        ValueError: An image that cannot be read, or no method that can run with these budgets.
+    """
+    methods = parse_methods(args.methods or args.method)
+    question = Question(0, args.question, args.question, args.image)
+    try:
+        images = open_images(question, "")
+    except ImageError as error:
+        raise ValueError(str(error)) from None
+    loaded: LoadedModel = loader.load(args)
+    traces, image, refused = [], None, []
+    for method in methods:
+        try:
+            one, image = _trace(loaded, _config(args, method, loaded), question, images)
+            traces.append(one)
+        except ValueError as error:
+            refused.append(f"{method}: {error}")
+    if not traces:
+        raise ValueError("; ".join(refused))
+    for line in refused:
+        print(f"left out {line}", file=sys.stderr)
+    out = Path(args.out or f"{Path(args.image).stem}.vis.png").expanduser()
+    _write(out, image, loaded.grid, traces, args.question)
+    print(f"{out}\n{out.with_suffix('.npz')}")
+
+
+def _config(args: argparse.Namespace, method: str, loaded: LoadedModel) -> ApetConfig:
+    """The flags' budgets, or `--tokens` spent the method's way."""
+    if args.tokens is None:
+        config = replace(config_from_flags(args), method=method)
+    else:
+        given = config_from_flags(args)
+        fields = get_method(method).plan(args.tokens, loaded.image_tokens, loaded.layers)
+        # The budget flags fall back to their defaults; everything else about the method stays.
+        empty = {"visual_token_num": None, "image_token_ratio": None, "layer_list": (), "image_token_list": (),
+                 "image_token_ratio_list": ()}  # fmt: skip
+        config = replace(given, **empty | fields, method=method)
+    budget = config.visual_token_num
+    if (
+        not config.layer_list
+        and config.image_token_ratio is None
+        and (budget or loaded.image_tokens) >= (loaded.image_tokens)
+    ):
+        raise ValueError(
+            f"nothing would be compressed; give --tokens or --visual_token_num below {loaded.image_tokens}"
+        )
+    return config
+
+
+def _trace(
+    loaded: LoadedModel, config: ApetConfig, question: Question, images: Sequence[Any]
+) -> tuple[MethodTrace, np.ndarray]:
+    """What the method did, and the picture as the model sees it."""
+    answerer = loaded.answerer(config)
+    prepared = answerer.preparer.prepare(question, images)
+    with listening(config.method) as decisions:
+        (answer,) = answerer.answer([prepared])
+    return trace(apet.last_result(loaded.model), decisions, answer.text), loaded.seen(prepared)
+
+
+def _write(out: Path, image: np.ndarray, grid: tuple[int, int], traces: Sequence[MethodTrace], question: str) -> None:
+    with replacing(out) as temporary:
+        draw(image, grid, traces, question).save(temporary, format="PNG")
+    arrays = {"image": image, "grid": np.array(grid), "question": np.array(question)}
+    arrays["methods"] = np.array([one.method for one in traces])
+    for one in traces:
+        arrays |= one.arrays()
+    with replacing(out.with_suffix(".npz")) as temporary, open(temporary, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status; what the user can mend is one line on stderr."""
+    for noisy in ("transformers", "httpx", "accelerate", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        loader = find_loader(argv)
+    except ValueError as error:
+        print(f"{parser().prog}: error: {error}", file=sys.stderr)
+        return 1
+    return run(parser(loader), lambda args: visualise(args, loader), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

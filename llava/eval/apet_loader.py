@@ -1,0 +1,73 @@
+"""LLaVA checkpoints for the programs of `apet` that run whole models (`apet.compare`, `apet.vis`).
+
+They look for this module by its name; it holds what `apet.compare.loader` documents.
+"""
+
+import argparse
+import logging
+
+import numpy as np
+from torch import nn
+
+import apet
+from apet.eval.scoring_cli import Parser
+from llava.conversation import new_conversation, plain_conv_mode
+from llava.eval.answerer import GenerationSettings, LlavaAnswerer, LlavaPreparer, PreparedQuestion
+from llava.eval.program import add_model_flags, load_model
+from llava.mm_utils import get_model_name_from_path
+
+
+def add_flags(parser: Parser) -> None:
+    """Checkpoint, prompt and decoding."""
+    add_model_flags(parser)
+    parser.add_argument("--conv-mode", type=str, default="vicuna_v1", help="prompt template")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top_p", type=float, default=None)
+    parser.add_argument("--num_beams", type=int, default=1)
+    parser.add_argument("--max_new_tokens", type=int, default=128)
+
+
+def load(args: argparse.Namespace) -> "LoadedLlava":
+    """The checkpoint of the model flags.
+
+    Raises:
+        ValueError: It is no LLaVA checkpoint, or one that sees an image as several crops.
+    """
+    logging.getLogger("transformers").setLevel(logging.WARNING)
+    generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
+    conv_mode = plain_conv_mode(get_model_name_from_path(args.model_path), args.conv_mode)
+    new_conversation(conv_mode)
+    tokenizer, model, image_processor = load_model(args)
+    aspect = getattr(model.config, "image_aspect_ratio", None)
+    if aspect == "anyres":
+        raise ValueError(
+            f"{args.model_path} sees an image as several crops (image_aspect_ratio 'anyres'); budgets per image and "
+            "pictures of its tokens exist for checkpoints of one crop only (LLaVA-1.5)"
+        )
+    preparer = LlavaPreparer(tokenizer, image_processor, model.config, conv_mode)
+    return LoadedLlava(model, preparer, generation, args.model_path)
+
+
+class LoadedLlava:
+    """A LLaVA checkpoint of one crop per image."""
+
+    def __init__(
+        self, model: nn.Module, preparer: LlavaPreparer, generation: GenerationSettings, model_path: str
+    ) -> None:
+        vision = model.config.vision_config
+        side = vision.image_size // vision.patch_size
+        self.model, self.grid, self.image_tokens = model, (side, side), side * side
+        self.model_id = get_model_name_from_path(model_path)
+        self.layers = model.config.text_config.num_hidden_layers
+        self._preparer, self._generation, self._path = preparer, generation, model_path
+
+    def answerer(self, config: apet.ApetConfig) -> LlavaAnswerer:
+        """The model with this compression."""
+        return LlavaAnswerer(self.model, self._preparer, self._generation, config, self.model_id, self._path)
+
+    def seen(self, prepared: PreparedQuestion) -> np.ndarray:
+        """(H, W, 3) uint8 picture that the vision tower gets."""
+        processor = self._preparer.image_processor
+        pixels = prepared.pixels.permute(1, 2, 0).double().numpy()
+        pixels = pixels * np.array(processor.image_std) + np.array(processor.image_mean)
+        return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
