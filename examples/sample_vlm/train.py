@@ -228,7 +228,7 @@ class Trainer:
 
 
 def draw_curve(log: list[dict], path: Path) -> None:
-    """Smoothed losses over training time, with the window sizes as background bands."""
+    """Smoothed losses over training time; bands in the background tell the size of the pictures asked about."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -240,8 +240,9 @@ def draw_curve(log: list[dict], path: Path) -> None:
         if points:
             minutes, values = zip(*points, strict=True)
             axis.plot(minutes, _smooth(values), label=f"{name} loss")
-    for side in sorted({entry["side"] for entry in log}):
-        inside = [entry["seconds"] / 60 for entry in log if entry["side"] == side]
+    asked = [entry for entry in log if "answer" in entry]
+    for side in sorted({entry["side"] for entry in asked}):
+        inside = [entry["seconds"] / 60 for entry in asked if entry["side"] == side]
         axis.axvspan(inside[0], inside[-1], alpha=0.06 * (side / 112), color="gray", lw=0)
         axis.text(inside[0], 1.0, f" {side} px", transform=axis.get_xaxis_transform(), va="bottom", fontsize=8)
     axis.set(xlabel="minutes of training", ylabel="cross-entropy", ylim=(0, None))
