@@ -13,15 +13,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from apet.eval.answerer import Answer, Answerer
 from apet.eval.benchmarks.files import read_json, write_json_atomic
-
-if TYPE_CHECKING:
-    from apet.eval.runner import RunOptions
+from apet.eval.run_options import RunOptions
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "pillow", "numpy")
 _SECONDS_BETWEEN_SAVES = 2.0
@@ -59,7 +57,7 @@ class RunRecord:
         return Path(answers_file).expanduser().with_suffix(".run.json")
 
     @classmethod
-    def begin(cls, options: "RunOptions", answerer: Answerer, questions: int) -> "RunRecord":
+    def begin(cls, options: RunOptions, answerer: Answerer, questions: int) -> "RunRecord":
         """Record of a run that starts now."""
         digest = hashlib.sha256(Path(options.question_file).expanduser().read_bytes()).hexdigest()
         settings = dict(answerer.settings()) | {"question_file_sha256": digest}
