@@ -1,7 +1,6 @@
 """The command line: ``python -m apet.compare``."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,14 +8,14 @@ from types import ModuleType
 
 from apet.compare.difficulty import CHEAP, split_by_difficulty
 from apet.compare.execute import Place, execute
-from apet.compare.loader import LoadedModel, add_loader_flag, find_loader
+from apet.compare.loader import LoadedModel, add_loader_flag, run_program
 from apet.compare.plan import parse_budgets, parse_methods, parse_names, plan_cells
 from apet.compare.plot import check_matplotlib, write_png
 from apet.compare.results import rows_of
 from apet.compare.table import has_random_weights, markdown, write_csv
 from apet.compare.tasks import open_task
 from apet.eval.benchmarks.files import write_text_atomic
-from apet.eval.scoring_cli import Parser, run
+from apet.eval.scoring_cli import Parser
 
 
 def parser(loader: ModuleType | None = None) -> Parser:
@@ -76,15 +75,7 @@ def compare(args: argparse.Namespace, loader: ModuleType) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status; what the user can mend is one line on stderr."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("transformers", "httpx", "accelerate", "PIL", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        loader = find_loader(argv)
-    except ValueError as error:
-        print(f"{parser().prog}: error: {error}", file=sys.stderr)
-        return 1
-    return run(parser(loader), lambda args: compare(args, loader), argv)
+    return run_program(parser, compare, argv)
 
 
 if __name__ == "__main__":

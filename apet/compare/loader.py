@@ -7,8 +7,10 @@ has two functions:
     load(args)         a `LoadedModel`
 """
 
+import argparse
+import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -19,7 +21,7 @@ from torch import nn
 
 from apet.config import ApetConfig
 from apet.eval.answerer import Answerer
-from apet.eval.scoring_cli import Parser
+from apet.eval.scoring_cli import Parser, run
 
 _MODULE = "eval/apet_loader.py"
 
@@ -68,6 +70,29 @@ def find_loader(argv: Sequence[str] | None = None) -> ModuleType:
         return import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(f"--loader {name!r} cannot be imported: {error}") from None
+
+
+def run_program(
+    parser: Callable[[ModuleType | None], Parser],
+    action: Callable[[argparse.Namespace, ModuleType], None],
+    argv: Sequence[str] | None,
+) -> int:
+    """Find the loader, parse with its flags, act. Exit status; what the user can mend is one line on stderr.
+
+    Args:
+        parser: The program's parser, with the flags of a loader if one is given.
+        action: (arguments, loader).
+        argv: Arguments, None for the command line's.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("transformers", "httpx", "accelerate", "PIL", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    try:
+        loader = find_loader(argv)
+    except ValueError as error:
+        print(f"{parser(None).prog}: error: {error}", file=sys.stderr)
+        return 1
+    return run(parser(loader), lambda args: action(args, loader), argv)
 
 
 def add_loader_flag(parser: Parser) -> None:

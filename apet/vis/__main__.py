@@ -1,7 +1,6 @@
 """The command line: ``python -m apet.vis``."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,14 +11,14 @@ from typing import Any
 import numpy as np
 
 import apet
-from apet.compare.loader import LoadedModel, add_loader_flag, find_loader
+from apet.compare.loader import LoadedModel, add_loader_flag, run_program
 from apet.compare.plan import parse_methods
 from apet.config import ApetConfig
 from apet.eval.benchmarks import Question
 from apet.eval.benchmarks.files import replacing
 from apet.eval.cli import add_compression_flags, config_from_flags
 from apet.eval.images import ImageError, open_images
-from apet.eval.scoring_cli import Parser, run
+from apet.eval.scoring_cli import Parser
 from apet.methods import get_method
 from apet.vis.draw import draw
 from apet.vis.trace import MethodTrace, listening, trace
@@ -121,14 +120,7 @@ def _write(out: Path, image: np.ndarray, grid: tuple[int, int], traces: Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status; what the user can mend is one line on stderr."""
-    for noisy in ("transformers", "httpx", "accelerate", "PIL"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        loader = find_loader(argv)
-    except ValueError as error:
-        print(f"{parser().prog}: error: {error}", file=sys.stderr)
-        return 1
-    return run(parser(loader), lambda args: visualise(args, loader), argv)
+    return run_program(parser, visualise, argv)
 
 
 if __name__ == "__main__":
