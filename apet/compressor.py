@@ -11,8 +11,9 @@ from torch import Tensor
 
 from apet.core.approx import approximation_errors
 from apet.core.basis import select_basis
-from apet.core.merge import merge_into, nearest_receivers
-from apet.core.types import Basis, CompressedTokens, gather_rows
+from apet.core.merge import assign_dropped, merge_groups
+from apet.core.rows import Rows, block_rows, gather_rows
+from apet.core.types import Basis, CompressedTokens
 
 BASIS_SELECTIONS = ("fps", "dpc", "random")
 SLOTS = ("position", "error")
@@ -67,29 +68,45 @@ def compress(
     if validate:
         _check_values(tokens, start, mask)
     with torch.autocast(tokens.device.type, enabled=False):
-        x = tokens.to(torch.float64 if tokens.dtype == torch.float64 else torch.float32)
-        n = x.shape[1]
-        if keep >= n and mask is None:
-            picks = select_basis(x, min(basis, n), basis_selection, start=start, generator=generator)
-            return _identity(tokens, approximation_errors(x, picks, ridge), picks.indices)
+        n = tokens.shape[1]
+        whole = keep >= n and mask is None
         keep = min(keep, n)
-        k = min(basis, keep - 1) if insertion in ("overwrite", "blend") else min(basis, n)
-        picks = select_basis(x, k, basis_selection, start=start, mask=mask, generator=generator)
-        errors = approximation_errors(x, picks, ridge)
-        if mask is not None:
-            errors = errors.masked_fill(~mask, -torch.inf)
-        return _keep_and_merge(tokens, x, keep, picks, errors, slots, insertion, merge, mask)
+        k = min(basis, keep - 1) if insertion in ("overwrite", "blend") and not whole else min(basis, n)
+        parts = []
+        for part, part_start, part_mask in _parts(tokens, start, mask):
+            x = part.to(torch.float64 if part.dtype == torch.float64 else torch.float32).contiguous()
+            rows = Rows(x)
+            picks = select_basis(rows, k, basis_selection, start=part_start, mask=part_mask, generator=generator)
+            errors = approximation_errors(rows.squared_norms, picks, ridge)
+            if part_mask is not None:
+                errors = errors.masked_fill(~part_mask, -torch.inf)
+            if whole:
+                parts.append(_identity(part, errors, picks.indices))
+            else:
+                parts.append(_keep_and_merge(rows, keep, picks, errors, slots, insertion, merge, part_mask))
+        first, *others = parts
+        result = CompressedTokens(*map(torch.cat, zip(*parts, strict=True))) if others else first
+        return result._replace(tokens=result.tokens.to(tokens.dtype))
+
+
+def _parts(tokens: Tensor, start: int | Tensor | None, mask: Tensor | None):
+    """The batch in parts of (tokens, start, mask) that are converted to float64 at once: a cache's worth on CPUs."""
+    batch = tokens.shape[0]
+    size = max(1, block_rows(tokens[:1]) // tokens.shape[1])
+    for first in range(0, max(batch, 1), size):
+        part = slice(first, first + size)
+        some = start.expand(batch)[part] if isinstance(start, Tensor) else start
+        yield tokens[part], some, None if mask is None else mask[part]
 
 
 def _identity(tokens: Tensor, errors: Tensor, basis: Tensor) -> CompressedTokens:
     batch, n = tokens.shape[:2]
     indices = torch.arange(n, device=tokens.device).repeat(batch, 1)
-    return CompressedTokens(tokens, indices, errors.float(), basis, indices.clone())
+    return CompressedTokens(tokens, indices, errors, basis, indices.clone())
 
 
 def _keep_and_merge(
-    tokens: Tensor,
-    x: Tensor,
+    rows: Rows,
     keep: int,
     picks: Basis,
     errors: Tensor,
@@ -101,19 +118,19 @@ def _keep_and_merge(
     """Steps C4 to C7 of the algorithm specification, in order of falling error ("rank") until the last step."""
     order = errors.sort(dim=-1, descending=True, stable=True).indices
     kept, dropped = order[:, :keep], order[:, keep:]
-    features = gather_rows(x, kept)
-    rank = torch.arange(keep, device=x.device).expand_as(kept)
+    features = gather_rows(rows.tokens, kept)
+    rank = torch.arange(keep, device=kept.device).expand_as(kept)
     real = None if mask is None else mask.gather(1, kept)
 
     slot_count = _slot_count(picks, keep, insertion, mask)
     is_slot = rank >= keep - slot_count
     if merge:
-        donors = gather_rows(x, dropped)
         receives = ~is_slot if real is None else ~is_slot & real
-        target = nearest_receivers(donors, features, receives)
-        weight = None if mask is None else mask.gather(1, dropped).to(x.dtype)
-        merged = merge_into(features, donors, target, weight)
-        features = merged if insertion in ("append", "none") else torch.where(is_slot.unsqueeze(-1), features, merged)
+        target = assign_dropped(rows.tokens, dropped, features, receives)
+        group = torch.empty_like(order).scatter(1, order, torch.cat([rank, target], 1))
+        if mask is not None:
+            group = group.masked_fill(~mask, -1)
+        features = merge_groups(rows, group, keep).to(features.dtype)
     else:
         target = torch.full_like(dropped, -1)
     if insertion in ("overwrite", "blend") and picks.indices.shape[1] > 0:
@@ -123,12 +140,12 @@ def _keep_and_merge(
         kept = torch.where(real, kept, -1)
 
     if insertion == "append":
-        features = torch.cat([features, picks.features], 1)
+        features = torch.cat([features, picks.features.to(features.dtype)], 1)
         indices, row = torch.cat([kept, picks.indices], 1), rank
     else:
-        features, indices, row = _by_position(features, kept, x.shape[1])
+        features, indices, row = _by_position(features, kept, errors.shape[1])
     sources = _sources(order, row, target, mask)
-    return CompressedTokens(features.to(tokens.dtype), indices, errors.float(), picks.indices, sources)
+    return CompressedTokens(features, indices, errors, picks.indices, sources)
 
 
 def _slot_count(picks: Basis, keep: int, insertion: str, mask: Tensor | None) -> Tensor:
@@ -159,7 +176,7 @@ def _insert_basis(
         smaller = is_slot.unsqueeze(1) & (place.unsqueeze(1) < place.unsqueeze(2))
         number = smaller.sum(-1)
     number = number.clamp(0, picks.indices.shape[1] - 1)
-    incoming = gather_rows(picks.features, number)
+    incoming = gather_rows(picks.features, number).to(features.dtype)
     if insertion == "blend":
         incoming = 0.5 * incoming + 0.5 * features
     return torch.where(is_slot.unsqueeze(-1), incoming, features)

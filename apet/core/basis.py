@@ -1,18 +1,21 @@
 """Choose the basis tokens: farthest-point sampling (the published choice), density peaks, or random.
 
 ApET (arXiv 2602.19870) section 3: farthest-point sampling with Euclidean distances and k = 10; density peaks and random
-are its ablations. All functions take tokens in the accumulation dtype, never synchronise with the host and have output
-shapes that do not depend on the data.
+are its ablations. No function synchronises with the host, and no output shape depends on the data.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from apet.core.types import Basis, gather_rows
+from apet.core.rows import Rows
+from apet.core.types import Basis
+
+# Squared distances up to this share of the squared norms are the rounding of float32 features: the tokens are equal.
+_EQUAL = 1e-12
 
 
 def select_basis(
-    tokens: Tensor,
+    rows: Rows,
     k: int,
     selection: str,
     *,
@@ -23,7 +26,7 @@ def select_basis(
     """Choose `k` basis tokens per sample.
 
     Args:
-        tokens: (B, N, D) float32 or float64.
+        rows: The tokens (B, N, D).
         k: Basis size, 0 <= k <= N.
         selection: "fps", "dpc" or "random".
         start: First token of "fps": an index, a (B,) tensor of indices, or None for the token farthest from the mean.
@@ -31,51 +34,65 @@ def select_basis(
         generator: Source of "random"; None draws the same positions at every call.
     """
     if k == 0:
-        empty = torch.zeros(tokens.shape[0], 0, dtype=torch.int64, device=tokens.device)
-        return Basis(empty, empty.bool(), tokens[:, :0])
+        batch, n, dim = rows.tokens.shape
+        indices = torch.zeros(batch, 0, dtype=torch.int64, device=rows.tokens.device)
+        features = rows.squared_norms.new_zeros(batch, 0, dim)
+        return Basis(indices, indices.bool(), features, features.new_zeros(batch, 0, n))
     if selection == "fps":
-        indices, valid = farthest_points(tokens, k, start=start, mask=mask)
-        return _basis_of_tokens(tokens, indices, valid)
+        return farthest_points(rows, k, start=start, mask=mask)
     if selection == "dpc":
-        return density_peaks(tokens, k, mask=mask)
-    indices, valid = random_positions(tokens, k, mask=mask, generator=generator)
-    return _basis_of_tokens(tokens, indices, valid)
+        indices, valid, features = density_peaks(rows.tokens, k, mask=mask)
+        features = features.double()
+    else:
+        indices, valid = random_positions(rows.tokens, k, mask=mask, generator=generator)
+        features = rows.gather(indices.clamp(min=0)).masked_fill(~valid.unsqueeze(-1), 0)
+    return Basis(indices, valid, features, rows.products(features))
 
 
-def farthest_points(
-    tokens: Tensor, k: int, *, start: int | Tensor | None = None, mask: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Positions (B, k) of mutually distant tokens in pick order, and which picks are valid (B, k).
+def farthest_points(rows: Rows, k: int, *, start: int | Tensor | None = None, mask: Tensor | None = None) -> Basis:
+    """`k` mutually distant tokens in pick order.
 
     Every pick is the token whose Euclidean distance to the nearest earlier pick is largest (lowest index on ties). A
     sample with fewer than `k` distinct tokens gets -1 and an invalid mark for the missing picks. A `start` on padding
     counts as None.
 
-    Distances come from differences, not from inner products: exactly zero for equal tokens and the same bits for every
-    batch size.
+    The products that give a pick's distances are those its least-squares problem needs; each is taken once.
     """
-    spread = (tokens - _mean(tokens, mask)).square().sum(-1)
+    norms = rows.squared_norms
+    mean = rows.mean(mask)
+    spread = _squared_distances(rows.products(mean).squeeze(1), norms, mean.square().sum(-1))
     if mask is not None:
         spread = spread.masked_fill(~mask, -1)
     pick = spread.argmax(-1) if start is None else _start_index(start, spread, mask)
     gap = torch.full_like(spread, torch.inf)
-    alive = torch.ones_like(pick, dtype=torch.bool)
-    picks, valid = [], []
+    picks, vectors, products, farthest = [], [], [], []
     for _ in range(k):
-        picks.append(torch.where(alive, pick, -1))
-        valid.append(alive)
         column = pick.unsqueeze(-1)
-        gap = torch.minimum(gap, _distances(gather_rows(tokens, column), tokens).squeeze(1))
+        picks.append(column)
+        vectors.append(rows.gather(column))
+        products.append(rows.products(vectors[-1]))
+        gap = torch.minimum(gap, _squared_distances(products[-1].squeeze(1), norms, norms.gather(1, column)))
         if mask is not None:
             gap = gap.masked_fill(~mask, -torch.inf)
-        pick = gap.argmax(-1)
-        # Non-finite samples keep their picks, so that one of them changes no shape and no other sample.
-        alive = alive & ~(gap.amax(-1) <= 0)
-    return torch.stack(picks, 1), torch.stack(valid, 1)
+        largest, pick = gap.max(-1)
+        farthest.append(largest)
+    # Non-finite samples keep their picks, so that one of them changes no shape and no other sample.
+    distinct = ~(torch.stack(farthest[:-1], 1) <= 0) if k > 1 else torch.ones(len(norms), 0, device=norms.device) > 0
+    valid = nn.functional.pad(distinct.cumprod(-1).bool(), (1, 0), value=True)
+    indices = torch.cat(picks, 1)
+    if k == 1:
+        return Basis(indices, valid, vectors[0], products[0])
+    missing = ~valid.unsqueeze(-1)
+    return Basis(
+        indices.masked_fill(~valid, -1),
+        valid,
+        torch.cat(vectors, 1).masked_fill(missing, 0),
+        torch.cat(products, 1).masked_fill(missing, 0),
+    )
 
 
-def density_peaks(tokens: Tensor, k: int, *, mask: Tensor | None = None) -> Basis:
-    """Means of `k` density-peak clusters (DPC-KNN), with the cluster centres as positions.
+def density_peaks(tokens: Tensor, k: int, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Centres (B, k) of `k` density-peak clusters (DPC-KNN), which are valid (B, k), and cluster means (B, k, D).
 
     Distance is Euclidean over sqrt(D); a token's density is exp(-mean squared distance to its k nearest tokens, itself
     included); a centre has a large product of density and distance to the nearest denser token. Equal densities are
@@ -110,7 +127,7 @@ def density_peaks(tokens: Tensor, k: int, *, mask: Tensor | None = None) -> Basi
         member = member * mask.unsqueeze(-1)
     means = member.transpose(1, 2) @ tokens.double() / member.sum(1).clamp(min=1).unsqueeze(-1)
     features = torch.where(valid.unsqueeze(-1), means.to(tokens.dtype), 0)
-    return Basis(torch.where(valid, centres, -1), valid, features)
+    return torch.where(valid, centres, -1), valid, features
 
 
 def random_positions(
@@ -132,21 +149,17 @@ def random_positions(
     return torch.where(valid, indices, -1), valid
 
 
-def _basis_of_tokens(tokens: Tensor, indices: Tensor, valid: Tensor) -> Basis:
-    features = gather_rows(tokens, indices.clamp(min=0))
-    return Basis(indices, valid, torch.where(valid.unsqueeze(-1), features, 0))
-
-
 def _distances(first: Tensor, second: Tensor) -> Tensor:
     return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def _mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean (B, 1, D) of the real tokens."""
-    if mask is None:
-        return tokens.mean(1, keepdim=True)
-    count = mask.sum(1).clamp(min=1).view(-1, 1, 1)
-    return torch.where(mask.unsqueeze(-1), tokens, 0).sum(1, keepdim=True) / count
+def _squared_distances(products: Tensor, norms: Tensor, norm: Tensor) -> Tensor:
+    """Squared distances (B, N) float32 of tokens to a vector, from products and squared norms in float64.
+
+    Rounding to float32 makes equal distances equal; what rounding leaves of a distance between equal tokens is zero.
+    """
+    together = torch.add((1 - _EQUAL) * norms, norm, alpha=1 - _EQUAL)
+    return torch.sub(together, products, alpha=2).clamp_(min=0).float()
 
 
 def _start_index(start: int | Tensor, spread: Tensor, mask: Tensor | None) -> Tensor:

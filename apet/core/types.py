@@ -33,14 +33,11 @@ class Basis(NamedTuple):
     Attributes:
         indices: (B, k) int64 positions in pick order; -1 where `valid` is False.
         valid: (B, k) bool; the valid picks of a sample come first.
-        features: (B, k, D) basis vectors in the accumulation dtype, zero where `valid` is False.
+        features: (B, k, D) float64 basis vectors, zero where `valid` is False.
+        products: (B, k, N) float64 inner products of the basis vectors with all tokens, zero where `valid` is False.
     """
 
     indices: Tensor
     valid: Tensor
     features: Tensor
-
-
-def gather_rows(tokens: Tensor, indices: Tensor) -> Tensor:
-    """Rows (B, M, D) of `tokens` (B, N, D) at `indices` (B, M)."""
-    return tokens.gather(1, indices.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+    products: Tensor

@@ -7,7 +7,8 @@ the lower position everywhere.
 import torch
 from torch import Tensor
 
-from apet.core.types import CompressedTokens, gather_rows
+from apet.core.rows import gather_rows
+from apet.core.types import CompressedTokens
 
 _EPS = 1e-8
 

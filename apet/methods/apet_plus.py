@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apet.core.types import CompressedTokens, gather_rows
+from apet.core.rows import gather_rows
+from apet.core.types import CompressedTokens
 from apet.methods._budget import vision_and_middle
 from apet.methods._features import error_space, sink_positions
 from apet.methods._grid import grid_of, window_ids

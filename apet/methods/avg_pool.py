@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apet.core.types import CompressedTokens, gather_rows
+from apet.core.rows import gather_rows
+from apet.core.types import CompressedTokens
 from apet.methods._grid import cell_grid, filled, grid_of, shared_positions
 from apet.methods._select import in_raster_order, wide
 from apet.methods.base import Method, StageContext, register

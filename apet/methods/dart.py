@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apet.core.types import CompressedTokens, gather_rows
+from apet.core.rows import gather_rows
+from apet.core.types import CompressedTokens
 from apet.methods._budget import single_stop
 from apet.methods._options import check_range
 from apet.methods._select import marked, pruned, top, unit, wide

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apet.core.types import CompressedTokens, gather_rows
+from apet.core.rows import gather_rows
+from apet.core.types import CompressedTokens
 from apet.methods._grid import crop_ids
 from apet.methods._options import check_choice, check_range
 from apet.methods._select import cosine, own_rows, packed, pruned, rank_within, top, wide

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from apet.core.types import CompressedTokens, gather_rows
+from apet.core.rows import gather_rows
+from apet.core.types import CompressedTokens
 from apet.methods._grid import even_positions, shared_positions
 from apet.methods._options import check_range
 from apet.methods._select import cosine, in_raster_order, others, packed, top, wide

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from apet.core.basis import random_positions
-from apet.core.types import CompressedTokens, gather_rows
+from apet.core.rows import gather_rows
+from apet.core.types import CompressedTokens
 from apet.methods.base import Method, StageContext, register
 
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from apet.core.basis import density_peaks
-from apet.core.types import CompressedTokens, gather_rows
+from apet.core.rows import gather_rows
+from apet.core.types import CompressedTokens
 from apet.methods._budget import check_reachable, scaled_stops
 from apet.methods._options import check_range
 from apet.methods._select import in_raster_order, others, packed, pool, top_sorted, wide
@@ -76,7 +77,7 @@ class SparseVLM(Method):
         sources = torch.full((batch, n), -1, device=x.device).scatter(1, kept, rows)
         if clusters:
             members = gather_rows(x, best)
-            centres = _distinct(density_peaks(members, clusters).indices, pool_size)
+            centres = _distinct(density_peaks(members, clusters)[0], pool_size)
             cluster = _assign(members, centres)
             features = torch.cat([features, pool(members, cluster, clusters, mean=False)], 1)
             indices = torch.cat([kept, best.gather(1, centres)], 1)

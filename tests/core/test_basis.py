@@ -5,6 +5,7 @@ import torch
 
 import apet
 from apet.core.basis import random_positions, select_basis
+from apet.core.rows import Rows
 from core import noise
 
 
@@ -75,17 +76,17 @@ def test_density_peaks_find_the_clusters():
     label = torch.arange(30) % 3
     clouds = 6 * torch.eye(8)[:3]
     tokens = (clouds[label] + 0.5 * noise(30, 8)).unsqueeze(0)
-    found = select_basis(tokens, 3, "dpc")
+    found = select_basis(Rows(tokens), 3, "dpc")
     centres = label[found.indices[0]].tolist()
     assert sorted(centres) == [0, 1, 2]
     means = torch.stack([tokens[0, label == centre].mean(0) for centre in centres])
-    torch.testing.assert_close(found.features[0], means)
+    torch.testing.assert_close(found.features[0].float(), means)
 
 
 @pytest.mark.parametrize("selection", ["fps", "dpc", "random"])
 def test_valid_picks_come_first(selection):
     mask = torch.arange(20) < torch.tensor([[20], [4], [1]])
-    found = select_basis(noise(3, 20, 8), 6, selection, mask=mask)
+    found = select_basis(Rows(noise(3, 20, 8)), 6, selection, mask=mask)
     assert found.valid.sum(1).tolist() == [6, 4, 1]
     assert (found.valid[:, :-1] >= found.valid[:, 1:]).all()
     assert ((found.indices >= 0) == found.valid).all()

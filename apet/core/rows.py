@@ -1,0 +1,85 @@
+"""Inner products of tokens in float64, block by block: the one quantity the algorithm is made of.
+
+Distances, the basis' Gram matrix, projections and errors all follow from inner products of tokens with a few vectors.
+In float64 they are exact for float32 features up to rounding that is invisible after the result is rounded to float32:
+equal tokens tie exactly, and neither the batch size nor the matrix kernel nor the TF32 setting changes a decision.
+"""
+
+import torch
+from torch import Tensor
+
+# Elements converted to float64 at once: one image of CLIP-L stays converted (and in cache) for all products, longer
+# inputs are converted block by block, so that extra memory does not grow with them.
+BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+
+def block_rows(tokens: Tensor) -> int:
+    """Rows of (B, N, D) tokens that make one block."""
+    limit = BLOCK.get(tokens.device.type, BLOCK["cuda"])
+    return max(1, limit // max(1, tokens.shape[0] * tokens.shape[2]))
+
+
+class Rows:
+    """Tokens (B, N, D) of any floating dtype, seen as float64 vectors.
+
+    Attributes:
+        tokens: The tokens as given.
+        squared_norms: (B, N) float64.
+    """
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+        self._blocks = tokens.split(block_rows(tokens), 1)
+        if len(self._blocks) == 1:
+            self._blocks = (tokens.double(),)
+        self.squared_norms = _joined([torch.linalg.vector_norm(b, dim=-1, dtype=torch.float64) for b in self._blocks])
+        self.squared_norms.square_()
+
+    def products(self, vectors: Tensor) -> Tensor:
+        """Inner products (B, k, N) float64 of every token with `vectors` (B, k, D) float64."""
+        return _joined([torch.bmm(vectors, block.double().transpose(1, 2)) for block in self._blocks])
+
+    def mean(self, mask: Tensor | None = None) -> Tensor:
+        """Mean (B, 1, D) float64 of the tokens, or of those with a True in `mask` (B, N)."""
+        if mask is None:
+            batch, n, _ = self.tokens.shape
+            ones = self.squared_norms.new_ones(batch, 1, n)
+            parts = zip(ones.split(block_rows(self.tokens), 2), self._blocks, strict=True)
+            return sum(torch.bmm(one, block.double()) for one, block in parts) / n
+        masks = mask.unsqueeze(-1).split(block_rows(self.tokens), 1)
+        total = sum(
+            torch.where(real, block, 0).sum(1, keepdim=True, dtype=torch.float64)
+            for block, real in zip(self._blocks, masks, strict=True)
+        )
+        return total / mask.sum(1).clamp(min=1).view(-1, 1, 1)
+
+    def gather(self, indices: Tensor) -> Tensor:
+        """Tokens (B, M, D) float64 at `indices` (B, M)."""
+        source = self._blocks[0] if len(self._blocks) == 1 else self.tokens
+        return gather_rows(source, indices).double()
+
+    def group_sums(self, group: Tensor, count: int) -> Tensor:
+        """Sums (B, count, D) float64 of the tokens of every group, `group` (B, N) int64 in 0..count - 1."""
+        batch, _, dim = self.tokens.shape
+        total = torch.zeros(batch, count, dim, dtype=torch.float64, device=group.device)
+        for block, row in zip(self._blocks, group.split(block_rows(self.tokens), 1), strict=True):
+            if group.device.type == "cpu":
+                row = row + torch.arange(0, batch * count, count).unsqueeze(-1)
+                total.view(-1, dim).index_add_(0, row.flatten(), block.double().reshape(-1, dim))
+            else:
+                # Adding rows in parallel would not be deterministic; a product with the one-hot assignment is.
+                member = torch.arange(count, device=group.device).view(1, -1, 1) == row.unsqueeze(1)
+                total.baddbmm_(member.double(), block.double())
+        return total
+
+
+def gather_rows(tokens: Tensor, indices: Tensor) -> Tensor:
+    """Rows (B, M, D) of `tokens` (B, N, D) at `indices` (B, M)."""
+    batch, n, dim = tokens.shape
+    # Selecting whole rows of one long list is several times faster on CPUs than gathering element by element.
+    first = torch.arange(batch, device=indices.device).unsqueeze(-1) * n if batch > 1 else 0
+    return tokens.reshape(batch * n, dim).index_select(0, (indices + first).flatten()).view(*indices.shape, dim)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
