@@ -9,6 +9,7 @@ from torch import nn
 from apet.adapters import Adapter, adapter_for
 from apet.adapters.decoder import DecoderPatch, Stage, StageRun
 from apet.adapters.encoder import EncoderLog
+from apet.adapters.tower import TowerDepth
 from apet.adapters.vision import ImageLayout, VisionStage
 from apet.config import ApetConfig, check_not_growing
 from apet.methods import selector
@@ -33,6 +34,8 @@ class _Patch:
         self._disable_compile = getattr(self._generation, "disable_compile", False)
         self._generation.disable_compile = True
         self._handles = self.decoder.attach()
+        for tower in adapter.towers:
+            self._handles += TowerDepth(tower).attach()
         if self.vision is not None:
             self._handles += self.vision.attach() + adapter.attach_encoder(self.vision)
         else:

@@ -88,6 +88,11 @@ class Adapter:
         return None
 
     @property
+    def towers(self) -> list[nn.Module]:
+        """Vision models with an `encoder` whose last layers may go unused."""
+        return []
+
+    @property
     def single_crop(self) -> bool:
         """Whether every image is encoded as one crop, so that all budgets count the same tokens."""
         return True

@@ -20,6 +20,11 @@ class Llava(Adapter):
         return self.base_model.multi_modal_projector
 
     @property
+    def towers(self) -> list[nn.Module]:
+        """CLIP, or whatever the checkpoint has instead."""
+        return [self.base_model.vision_tower]
+
+    @property
     def single_crop(self) -> bool:
         """Original 1.6 checkpoints are loaded into this class too; their images are several crops."""
         return getattr(self.model.config, "image_aspect_ratio", None) != "anyres"

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from apet.adapters.base import Adapter, register
 from apet.adapters.layout import Item
@@ -21,6 +21,11 @@ class VideoLlava(Adapter):
     classes = ("VideoLlavaForConditionalGeneration",)
     videos = "frames in one block, each with its class token"
     proof = ("tests/test_patch_families.py",)
+
+    @property
+    def towers(self) -> list[nn.Module]:
+        """One for images, one for the frames of videos."""
+        return [self.base_model.image_tower, self.base_model.video_tower]
 
     def image_items(self, features: Sequence[Tensor], given: Mapping[str, Any]) -> list[Item]:
         """With the strategy "full" images have a class token too."""

@@ -1,0 +1,56 @@
+"""The vision tower of a patched model stops after the layer whose output is used."""
+
+import pytest
+import torch
+from tiny import images, tiny_llava
+
+import apet
+from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
+
+
+@pytest.fixture
+def model():
+    return tiny_llava()
+
+
+def runs(model, call) -> list[int]:
+    """Layers of the tower that changed their input during a call."""
+    seen = []
+    handles = [
+        layer.register_forward_hook(
+            lambda _, args, output, index=index: None if torch.equal(args[0], output) else seen.append(index)
+        )
+        for index, layer in enumerate(model.model.vision_tower.encoder.layers)
+    ]
+    call()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def test_layers_behind_the_selected_one_do_not_run(model):
+    tower, pixels = model.model.vision_tower, images(2)
+    count = len(tower.encoder.layers)
+    expected = tower(pixels, output_hidden_states=True).hidden_states
+    with apet.patched(model, apet.ApetConfig(visual_token_num=4)):
+        for state in (-2, 1, [0], [0, 1]):
+            numbers = torch.tensor(state).flatten().tolist()
+            needed = max(one % (count + 1) for one in numbers)
+            assert runs(model, lambda s=state: tower(pixels, output_hidden_states=s)) == list(range(needed))
+            states = tower(pixels, output_hidden_states=state).hidden_states
+            for one in numbers:
+                assert torch.equal(states[one], expected[one])
+        assert runs(model, lambda: tower(pixels, output_hidden_states=True)) == list(range(count))
+        assert runs(model, lambda: tower(pixels)) == list(range(count))
+    assert runs(model, lambda: tower(pixels, output_hidden_states=-2)) == list(range(count))
+    assert all("forward" not in vars(layer) for layer in tower.encoder.layers)
+
+
+def test_llava_asks_for_its_layer_only(model):
+    pixels = images(1)
+    tower = CLIPVisionTower(model.model.vision_tower, None, model.config)
+    expected = tower(pixels)
+    with apet.patched(model, apet.ApetConfig(visual_token_num=4)):
+        layers = len(model.model.vision_tower.encoder.layers)
+        assert runs(model, lambda: tower(pixels)) == list(range(layers - 1))
+        assert torch.equal(tower(pixels), expected)
