@@ -1,8 +1,8 @@
 """Stop the vision tower after the layer whose output is used.
 
-LLaVA reads the second-to-last hidden state of CLIP, so the last layer of the tower is work for nothing. Who asks for
-hidden states by number (transformers from 5.23 on, and `llava` everywhere) tells the tower how deep it must go; a call
-that asks for all of them runs all layers.
+LLaVA reads the second-to-last hidden state of CLIP, so the last layer of the tower is work for nothing. Who asks for a
+hidden state by number (transformers from 5.23 on, and `llava` everywhere) tells the tower how deep it must go; a call
+that asks for several runs all layers.
 """
 
 import threading
@@ -38,12 +38,11 @@ class TowerDepth:
         self._local.depth = self._needed(kwargs.get("output_hidden_states"))
 
     def _needed(self, states: Any) -> int:
-        """Layers that must run for hidden states by number (0 is the embedding); all for anything else."""
+        """Layers that must run for a hidden state by number (0 is the embedding); all for anything else."""
         count = len(self._layers)
-        numbers = [states] if isinstance(states, int) else states
-        if not isinstance(numbers, (list, tuple)) or not numbers or any(type(one) is not int for one in numbers):
+        if type(states) is not int or states == 0:  # a list counts differently before transformers 5.23
             return count
-        return max(one if one >= 0 else count + 1 + one for one in numbers)
+        return states if states > 0 else count + 1 + states
 
     def _until(self, index: int, forward: Any) -> Any:
         def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -39,7 +39,9 @@ class CLIPVisionTower:
             return [self(image.unsqueeze(0)) for image in images]
         pixels = images.to(device=self.device, dtype=self.dtype)
         # Asked for by number, so that a patched tower can stop there.
-        states = self.vision_tower(pixels, output_hidden_states=[self.select_layer], return_dict=True).hidden_states
+        states = self.vision_tower(
+            pixels, output_hidden_states=self.select_layer or True, return_dict=True
+        ).hidden_states
         hidden = states[self.select_layer]
         return self.feature_select(hidden).to(images.dtype)
 
