@@ -11,7 +11,6 @@ from torch import Tensor
 
 from apet.core.approx import approximation_errors
 from apet.core.basis import select_basis
-from apet.core.merge import assign_dropped, merge_groups
 from apet.core.rows import Rows, block_rows, gather_rows
 from apet.core.types import Basis, CompressedTokens
 
@@ -126,11 +125,11 @@ def _keep_and_merge(
     is_slot = rank >= keep - slot_count
     if merge:
         receives = ~is_slot if real is None else ~is_slot & real
-        target = assign_dropped(rows.tokens, dropped, features, receives)
+        target = rows.nearest(dropped, features, receives)
         group = torch.empty_like(order).scatter(1, order, torch.cat([rank, target], 1))
         if mask is not None:
             group = group.masked_fill(~mask, -1)
-        features = merge_groups(rows, group, keep).to(features.dtype)
+        features = rows.group_means(group, keep).to(features.dtype)
     else:
         target = torch.full_like(dropped, -1)
     if insertion in ("overwrite", "blend") and picks.indices.shape[1] > 0:

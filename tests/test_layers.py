@@ -133,10 +133,10 @@ def test_imports_follow_the_layers(module, package, path):
 @pytest.mark.parametrize(
     ("module", "source", "broken"),
     [
-        ("apet.core.merge", "import torch\nfrom apet.core.types import X", 0),
-        ("apet.core.merge", "from .types import X", 0),
-        ("apet.core.merge", "from ..config import X", 1),
-        ("apet.core.merge", "import transformers", 1),
+        ("apet.core.rows", "import torch\nfrom apet.core.types import X", 0),
+        ("apet.core.rows", "from .types import X", 0),
+        ("apet.core.rows", "from ..config import X", 1),
+        ("apet.core.rows", "import transformers", 1),
         ("apet.config", "import json, torch", 1),
         ("apet.methods.new", "from apet import adapters", 1),
         ("apet.methods.new", "def late():\n    import apet.adapters.llava", 1),

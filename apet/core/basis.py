@@ -7,11 +7,8 @@ are its ablations. No function synchronises with the host, and no output shape d
 import torch
 from torch import Tensor, nn
 
-from apet.core.rows import Rows
+from apet.core.rows import Rows, squared_distances
 from apet.core.types import Basis
-
-# Squared distances up to this share of the squared norms are the rounding of float32 features: the tokens are equal.
-_EQUAL = 1e-12
 
 
 def select_basis(
@@ -60,35 +57,26 @@ def farthest_points(rows: Rows, k: int, *, start: int | Tensor | None = None, ma
     """
     norms = rows.squared_norms
     mean = rows.mean(mask)
-    spread = _squared_distances(rows.products(mean).squeeze(1), norms, mean.square().sum(-1))
+    spread = squared_distances(rows.products(mean).squeeze(1), norms, mean.square().sum(-1))
     if mask is not None:
         spread = spread.masked_fill(~mask, -1)
     pick = spread.argmax(-1) if start is None else _start_index(start, spread, mask)
     gap = torch.full_like(spread, torch.inf)
-    picks, vectors, products, farthest = [], [], [], []
+    picks, products, farthest = [], [], []
     for _ in range(k):
-        column = pick.unsqueeze(-1)
-        picks.append(column)
-        vectors.append(rows.gather(column))
-        products.append(rows.products(vectors[-1]))
-        gap = torch.minimum(gap, _squared_distances(products[-1].squeeze(1), norms, norms.gather(1, column)))
+        picks.append(pick)
+        column, gap = rows.approach(pick.unsqueeze(-1), gap)
+        products.append(column)
         if mask is not None:
             gap = gap.masked_fill(~mask, -torch.inf)
         largest, pick = gap.max(-1)
         farthest.append(largest)
     # Non-finite samples keep their picks, so that one of them changes no shape and no other sample.
-    distinct = ~(torch.stack(farthest[:-1], 1) <= 0) if k > 1 else torch.ones(len(norms), 0, device=norms.device) > 0
-    valid = nn.functional.pad(distinct.cumprod(-1).bool(), (1, 0), value=True)
-    indices = torch.cat(picks, 1)
-    if k == 1:
-        return Basis(indices, valid, vectors[0], products[0])
-    missing = ~valid.unsqueeze(-1)
-    return Basis(
-        indices.masked_fill(~valid, -1),
-        valid,
-        torch.cat(vectors, 1).masked_fill(missing, 0),
-        torch.cat(products, 1).masked_fill(missing, 0),
-    )
+    left = ~(torch.stack(farthest, 1) <= 0)
+    valid = nn.functional.pad(left[:, :-1].cumprod(-1).bool(), (1, 0), value=True)
+    indices, missing = torch.stack(picks, 1), ~valid.unsqueeze(-1)
+    features = rows.gather(indices).masked_fill(missing, 0)
+    return Basis(indices.masked_fill(~valid, -1), valid, features, torch.stack(products, 1).masked_fill(missing, 0))
 
 
 def density_peaks(tokens: Tensor, k: int, *, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -151,15 +139,6 @@ def random_positions(
 
 def _distances(first: Tensor, second: Tensor) -> Tensor:
     return torch.cdist(first, second, compute_mode="donot_use_mm_for_euclid_dist")
-
-
-def _squared_distances(products: Tensor, norms: Tensor, norm: Tensor) -> Tensor:
-    """Squared distances (B, N) float32 of tokens to a vector, from products and squared norms in float64.
-
-    Rounding to float32 makes equal distances equal; what rounding leaves of a distance between equal tokens is zero.
-    """
-    together = torch.add((1 - _EQUAL) * norms, norm, alpha=1 - _EQUAL)
-    return torch.sub(together, products, alpha=2).clamp_(min=0).float()
 
 
 def _start_index(start: int | Tensor, spread: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,9 +8,13 @@ equal tokens tie exactly, and neither the batch size nor the matrix kernel nor t
 import torch
 from torch import Tensor
 
+from apet.core.similarity import nearest_units, unit_rows
+
 # Elements converted to float64 at once: one image of CLIP-L stays converted (and in cache) for all products, longer
 # inputs are converted block by block, so that extra memory does not grow with them.
 BLOCK = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Squared distances up to this share of the squared norms are the rounding of float32 features: the tokens are equal.
+EQUAL = 1e-12
 
 
 def block_rows(tokens: Tensor) -> int:
@@ -53,6 +57,43 @@ class Rows:
         )
         return total / mask.sum(1).clamp(min=1).view(-1, 1, 1)
 
+    def approach(self, pick: Tensor, gap: Tensor) -> tuple[Tensor, Tensor]:
+        """Count one more pick in: its inner products with all tokens, and every token's distance to the nearest pick.
+
+        Args:
+            pick: (B, 1) int64 position of the pick.
+            gap: (B, N) float32 squared distances to the nearest earlier pick.
+
+        Returns:
+            (B, N) float64 products and (B, N) float32 distances.
+        """
+        products = self.products(self.gather(pick)).squeeze(1)
+        norm = self.squared_norms.gather(1, pick)
+        return products, torch.minimum(gap, squared_distances(products, self.squared_norms, norm))
+
+    def nearest(self, donors: Tensor, receivers: Tensor, allowed: Tensor) -> Tensor:
+        """Most cosine-similar receiver (B, M) int64 of every donor; the first wins a tie.
+
+        Donors are gathered in blocks, which bounds extra memory.
+
+        Args:
+            donors: (B, M) int64 positions.
+            receivers: (B, K, D).
+            allowed: (B, K) bool; rows that may receive.
+        """
+        unit = unit_rows(receivers)
+        blocks = donors.split(block_rows(self.tokens), 1)
+        return torch.cat([nearest_units(gather_rows(self.tokens, block), unit, allowed) for block in blocks], 1)
+
+    def group_means(self, group: Tensor, count: int) -> Tensor:
+        """Means (B, count, D) of the tokens of every group, zero for an empty one.
+
+        `group` (B, N) int64 is a token's group, or -1 for a token that belongs to none.
+        """
+        rows = torch.arange(count, device=group.device).view(1, -1, 1)
+        size = (group.unsqueeze(1) == rows).sum(-1, keepdim=True)
+        return self.group_sums(torch.where(group < 0, count, group), count + 1)[:, :count] / size.clamp(min=1)
+
     def gather(self, indices: Tensor) -> Tensor:
         """Tokens (B, M, D) float64 at `indices` (B, M)."""
         source = self._blocks[0] if len(self._blocks) == 1 else self.tokens
@@ -71,6 +112,15 @@ class Rows:
                 member = torch.arange(count, device=group.device).view(1, -1, 1) == row.unsqueeze(1)
                 total.baddbmm_(member.double(), block.double())
         return total
+
+
+def squared_distances(products: Tensor, norms: Tensor, norm: Tensor) -> Tensor:
+    """Squared distances (B, N) float32 of tokens to a vector, from products and squared norms in float64.
+
+    Rounding to float32 makes equal distances equal; what rounding leaves of a distance between equal tokens is zero.
+    """
+    together = torch.add((1 - EQUAL) * norms, norm, alpha=1 - EQUAL)
+    return torch.sub(together, products, alpha=2).clamp_(min=0).float()
 
 
 def gather_rows(tokens: Tensor, indices: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import apet
-from apet.core.merge import nearest_receivers
+from apet.core.similarity import nearest_units, unit_rows
 from core import noise
 
 SELECTIONS = ["fps", "dpc", "random"]
@@ -133,7 +133,7 @@ def test_of_equal_hosts_the_first_is_chosen(count, dim):
         donors, hosts = noise(1, count, dim, seed=rows), noise(1, rows, dim, seed=rows + 100)
         first, second = sorted((rows // 3, rows - 1 - rows % 7 % (rows // 3)))
         hosts[0, [first, second]] = donors[0, 0]
-        assert first != second and nearest_receivers(donors, hosts, torch.ones(1, rows).bool())[0, 0] == first
+        assert first != second and nearest_units(donors, unit_rows(hosts), torch.ones(1, rows).bool())[0, 0] == first
 
 
 def test_autocast_changes_nothing():

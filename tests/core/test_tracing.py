@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import apet
-from apet.core import merge
+from apet.core import similarity
 from core import noise
 
 SELECTIONS = ["fps", "dpc", "random"]
@@ -23,7 +23,7 @@ def check(compiled, tokens, keep: int, **options) -> None:
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_shapes_and_flow_do_not_depend_on_data(selection, masked, monkeypatch):
     """Fake tensors hold no data: any look at a value raises."""
-    monkeypatch.setattr(merge, "MAY_LOOK", ())  # as on any device but the CPU
+    monkeypatch.setattr(similarity, "MAY_LOOK", ())  # as on any device but the CPU
     generator = torch.Generator().manual_seed(0)
     with FakeTensorMode():
         tokens = torch.empty(3, 40, 16, dtype=torch.float16)

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from apet.config import ApetConfig, StagePreset
-from apet.core import merge
+from apet.core import similarity
 from apet.methods import INPUTS, get_method, method_names, selector, token_sizes
 from methods.synthetic import Inputs, noise, run
 
@@ -159,7 +159,7 @@ def test_zero_tokens_are_no_trouble(name, stage, options):
 @every
 def test_nothing_waits_for_the_device(name, stage, options, monkeypatch):
     """Fake tensors have no values: a method that reads one on the host, or whose shapes depend on one, fails here."""
-    monkeypatch.setattr(merge, "MAY_LOOK", ())  # as on any device but the CPU
+    monkeypatch.setattr(similarity, "MAY_LOOK", ())  # as on any device but the CPU
     tokens, inputs = noise(2, N, DIM), Inputs.random(2, N, DIM)
     with FakeTensorMode() as mode:
         result = call(name, stage, options, mode.from_tensor(tokens), 20, inputs.faked(mode))
