@@ -13,6 +13,7 @@ from apet.core.approx import approximation_errors
 from apet.core.basis import select_basis
 from apet.core.rows import Rows, block_rows, gather_rows
 from apet.core.types import Basis, CompressedTokens
+from apet.kernels import rows_for
 
 BASIS_SELECTIONS = ("fps", "dpc", "random")
 SLOTS = ("position", "error")
@@ -73,8 +74,7 @@ def compress(
         k = min(basis, keep - 1) if insertion in ("overwrite", "blend") and not whole else min(basis, n)
         parts = []
         for part, part_start, part_mask in _parts(tokens, start, mask):
-            x = part.to(torch.float64 if part.dtype == torch.float64 else torch.float32).contiguous()
-            rows = Rows(x)
+            rows = rows_for(part)
             picks = select_basis(rows, k, basis_selection, start=part_start, mask=part_mask, generator=generator)
             errors = approximation_errors(rows.squared_norms, picks, ridge)
             if part_mask is not None:
@@ -118,6 +118,7 @@ def _keep_and_merge(
     order = errors.sort(dim=-1, descending=True, stable=True).indices
     kept, dropped = order[:, :keep], order[:, keep:]
     features = gather_rows(rows.tokens, kept)
+    features = features if features.dtype == torch.float64 else features.float()
     rank = torch.arange(keep, device=kept.device).expand_as(kept)
     real = None if mask is None else mask.gather(1, kept)
 

@@ -1,9 +1,15 @@
 """Fixtures shared by the tests."""
 
+import os
+
 import pytest
 import torch
-from tiny import tiny_llava
-from transformers import LlavaForConditionalGeneration
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its own functions are bound then
+
+from tiny import tiny_llava  # noqa: E402
+from transformers import LlavaForConditionalGeneration  # noqa: E402
 
 # The models are tiny: a second thread costs more in synchronisation than it computes, most of all on a busy machine.
 torch.set_num_threads(1)

@@ -90,28 +90,38 @@ class Rows:
 
         `group` (B, N) int64 is a token's group, or -1 for a token that belongs to none.
         """
-        rows = torch.arange(count, device=group.device).view(1, -1, 1)
-        size = (group.unsqueeze(1) == rows).sum(-1, keepdim=True)
-        return self.group_sums(torch.where(group < 0, count, group), count + 1)[:, :count] / size.clamp(min=1)
+        size = (group.unsqueeze(1) == torch.arange(count, device=group.device).view(1, -1, 1)).sum(-1, keepdim=True)
+        return self.group_sums(group, count) / size.clamp(min=1)
 
     def gather(self, indices: Tensor) -> Tensor:
         """Tokens (B, M, D) float64 at `indices` (B, M)."""
-        source = self._blocks[0] if len(self._blocks) == 1 else self.tokens
-        return gather_rows(source, indices).double()
+        return gather_rows(self.tokens, indices).double()
 
     def group_sums(self, group: Tensor, count: int) -> Tensor:
-        """Sums (B, count, D) float64 of the tokens of every group, `group` (B, N) int64 in 0..count - 1."""
+        """Sums (B, count, D) of the tokens of every group; `group` as for `group_means`."""
         batch, _, dim = self.tokens.shape
         total = torch.zeros(batch, count, dim, dtype=torch.float64, device=group.device)
-        for block, row in zip(self._blocks, group.split(block_rows(self.tokens), 1), strict=True):
-            if group.device.type == "cpu":
-                row = row + torch.arange(0, batch * count, count).unsqueeze(-1)
-                total.view(-1, dim).index_add_(0, row.flatten(), block.double().reshape(-1, dim))
-            else:
-                # Adding rows in parallel would not be deterministic; a product with the one-hot assignment is.
-                member = torch.arange(count, device=group.device).view(1, -1, 1) == row.unsqueeze(1)
-                total.baddbmm_(member.double(), block.double())
+        add = add_rows if group.device.type == "cpu" else add_product
+        for block, part in zip(self._blocks, group.split(block_rows(self.tokens), 1), strict=True):
+            total = add(total, block.double(), part)
         return total
+
+
+def add_rows(total: Tensor, tokens: Tensor, group: Tensor) -> Tensor:
+    """Add tokens (B, N, D) to rows `group` (B, N) of `total` (B, K, D), -1 to none: one after the other, on CPUs."""
+    batch, count, dim = total.shape
+    row = torch.arange(0, batch * count, count).unsqueeze(-1) + group
+    # One row more takes what belongs nowhere.
+    row = torch.where(group < 0, batch * count, row).flatten()
+    longer = torch.cat([total.view(-1, dim), total.new_zeros(1, dim)])
+    return longer.index_add_(0, row, tokens.reshape(-1, dim))[:-1].view(batch, count, dim)
+
+
+def add_product(total: Tensor, tokens: Tensor, group: Tensor) -> Tensor:
+    """The same as a product with the one-hot assignment: deterministic where rows are added in parallel."""
+    member = torch.arange(total.shape[1], device=group.device).view(1, -1, 1) == group.unsqueeze(1)
+    tokens = torch.where((group >= 0).unsqueeze(-1), tokens, 0)
+    return torch.baddbmm(total, member.to(total.dtype), tokens)
 
 
 def squared_distances(products: Tensor, norms: Tensor, norm: Tensor) -> Tensor:
