@@ -100,28 +100,31 @@ class Rows:
     def group_sums(self, group: Tensor, count: int) -> Tensor:
         """Sums (B, count, D) of the tokens of every group; `group` as for `group_means`."""
         batch, _, dim = self.tokens.shape
-        total = torch.zeros(batch, count, dim, dtype=torch.float64, device=group.device)
+        # One row more takes what belongs nowhere.
+        total = torch.zeros(batch, count + 1, dim, dtype=torch.float64, device=group.device)
+        group = torch.where(group < 0, count, group)
         add = add_rows if group.device.type == "cpu" else add_product
         for block, part in zip(self._blocks, group.split(block_rows(self.tokens), 1), strict=True):
-            total = add(total, block.double(), part)
-        return total
+            add(total, block.double(), part)
+        return total[:, :count]
 
 
-def add_rows(total: Tensor, tokens: Tensor, group: Tensor) -> Tensor:
-    """Add tokens (B, N, D) to rows `group` (B, N) of `total` (B, K, D), -1 to none: one after the other, on CPUs."""
+def add_rows(total: Tensor, tokens: Tensor, group: Tensor) -> None:
+    """Add tokens (B, N, D) to rows `group` (B, N) of `total` (B, K, D), one after the other: for CPUs."""
     batch, count, dim = total.shape
     row = torch.arange(0, batch * count, count).unsqueeze(-1) + group
-    # One row more takes what belongs nowhere.
-    row = torch.where(group < 0, batch * count, row).flatten()
-    longer = torch.cat([total.view(-1, dim), total.new_zeros(1, dim)])
-    return longer.index_add_(0, row, tokens.reshape(-1, dim))[:-1].view(batch, count, dim)
+    total.view(-1, dim).index_add_(0, row.flatten(), tokens.reshape(-1, dim))
 
 
-def add_product(total: Tensor, tokens: Tensor, group: Tensor) -> Tensor:
-    """The same as a product with the one-hot assignment: deterministic where rows are added in parallel."""
-    member = torch.arange(total.shape[1], device=group.device).view(1, -1, 1) == group.unsqueeze(1)
-    tokens = torch.where((group >= 0).unsqueeze(-1), tokens, 0)
-    return torch.baddbmm(total, member.to(total.dtype), tokens)
+def add_product(total: Tensor, tokens: Tensor, group: Tensor) -> None:
+    """The same as a product with the one-hot assignment: deterministic where rows are added in parallel.
+
+    The last row receives nothing: what belongs nowhere may be padding that is not finite.
+    """
+    nowhere = total.shape[1] - 1
+    member = torch.arange(nowhere, device=group.device).view(1, -1, 1) == group.unsqueeze(1)
+    tokens = torch.where((group < nowhere).unsqueeze(-1), tokens, 0)
+    total[:, :nowhere].baddbmm_(member.to(total.dtype), tokens)
 
 
 def squared_distances(products: Tensor, norms: Tensor, norm: Tensor) -> Tensor:
