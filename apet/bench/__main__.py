@@ -1,6 +1,6 @@
 """The command line: ``python -m apet.bench COMMAND``: a table for people, and as the last line one JSON object.
 
-A sub-command is a module of this package with `add_arguments(parser)` and `run(args) -> dict`, and a line in `COMMANDS`.
+A sub-command is a module of this package with `add_arguments(parser)` and `run(args) -> dict`, named in `COMMANDS`.
 What `run` returns is JSON; its "tables" (`apet.bench.output.table`) are printed and everything goes to the JSON line.
 """
 

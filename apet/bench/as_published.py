@@ -53,6 +53,11 @@ def compress_as_published(
     return CompressedTokens(gather_rows(output, indices), indices, errors, picks, sources)
 
 
+def broadcast_elements(batch: int, tokens: int, dim: int, keep: int, basis: int = 10) -> int:
+    """Elements of the broadcast product behind the cosine similarities: donors x receivers x width."""
+    return batch * (tokens - keep) * (keep - basis) * dim
+
+
 def _farthest_points(tokens: Tensor, k: int, start: int) -> Tensor:
     pick = torch.full(tokens.shape[:1], start, dtype=torch.int64, device=tokens.device)
     gap = torch.full(tokens.shape[:2], 1e10, device=tokens.device)

@@ -83,7 +83,7 @@ def parse_methods(text: str) -> list[str]:
 
 
 def compressor(method: str, shape: Shape, tokens: Tensor) -> Callable[[], CompressedTokens]:
-    """A call without arguments that compresses `tokens` as the method's first stage does, or by the formulas as written.
+    """A call without arguments that compresses `tokens` by a method at its first stage, or by the formulas as written.
 
     Inputs that a method asks for are random and are made once, in the first call.
 
