@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from apet.bench.as_published import broadcast_elements
-from apet.bench.device import check_device, count_launches, default_dtype, graphed
+from apet.bench.device import add_device_flags, chosen_device, count_launches, described, graphed
 from apet.bench.memory import peak_bytes
 from apet.bench.output import table
 from apet.bench.shapes import AS_PUBLISHED, Shape, block, compressor, parse_methods
@@ -20,7 +20,6 @@ from apet.bench.timing import Timing, fit_growth, ratio, time_in_turns
 from apet.methods import get_method
 
 _READ, _PRODUCT, _GRAPH = "read of the tokens", "similarity product", "apet, CUDA graph"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SIZES = "2304,4096,8192,16384,32768,65536"
 
 
@@ -31,10 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scaling", nargs="?", const=_SIZES, help=f"numbers of tokens to time apet at ({_SIZES})")
     parser.add_argument("--scaling_block", default="1x1024:320", help="the other numbers of --scaling: BxD:K")
     parser.add_argument("--memory", help="shapes of which to measure the peak extra memory")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="bfloat16 on a GPU, float32 on a CPU")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--warmup", type=int, default=3)
+    add_device_flags(parser, repeats=20)
 
 
 @torch.inference_mode()
@@ -44,14 +40,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: A flag that cannot be.
     """
-    device = check_device(args.device)
-    dtype = _DTYPES[args.dtype] if args.dtype else default_dtype(device)
+    device, dtype = chosen_device(args)
     methods = list(dict.fromkeys(["apet", *parse_methods(args.methods), "random"]))
     shapes = [Shape.parse(text) for text in args.shapes.split(",")]
     sizes = parse_sizes(args.scaling) if args.scaling else []
     measured = [Shape.parse(text) for text in args.memory.split(",")] if args.memory else []
     scaled = [_scaling_shape(args.scaling_block, size) for size in sizes]
-    title = f"{device.type}, {str(dtype).removeprefix('torch.')}"
+    title = described(device, dtype)
 
     tables, figures = [], []
     for shape in shapes:

@@ -1,5 +1,6 @@
 """What only a GPU has: launches, hidden waits, graphs, and its peak of allocated memory."""
 
+import argparse
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,8 +26,35 @@ class Launches(NamedTuple):
     syncs: int
 
 
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def add_device_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
+    """Where, in what precision and how often to measure."""
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=here, help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--repeats", type=int, default=repeats, help="measurements of each call")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds in front that are not counted")
+
+
+def chosen_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Device and precision of parsed flags.
+
+    Raises:
+        ValueError: As `check_device`.
+    """
+    device = check_device(args.device)
+    return device, DTYPES[args.dtype] if args.dtype else default_dtype(device)
+
+
+def described(device: torch.device, dtype: torch.dtype) -> str:
+    """Both, for the title of a table."""
+    return f"{device.type}, {str(dtype).removeprefix('torch.')}"
+
+
 def check_device(name: str) -> torch.device:
-    """The device a flag names.
+    """The device of a name.
 
     Raises:
         ValueError: No such device here.

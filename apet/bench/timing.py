@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,12 +43,24 @@ def synchronize(device: str | torch.device) -> None:
 
 
 def time_in_turns(
-    calls: Mapping[str, Callable[[], Any]], device: str | torch.device, *, repeats: int, warmup: int = 2
+    calls: Mapping[str, Callable[[], Any]],
+    device: str | torch.device,
+    *,
+    repeats: int,
+    warmup: int = 2,
+    around: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds per call, `repeats` measurements of each, one round of all calls after another.
 
     Every other round goes backwards, so that no call always follows the same one. The device is waited for before and
     after each measurement.
+
+    Args:
+        calls: What to time, by name.
+        device: Where it runs.
+        repeats: Measurements per call.
+        warmup: Rounds that are not counted.
+        around: What must hold during a call but is not timed, by the call's name.
 
     Raises:
         ValueError: Fewer than one repetition or warm-up round.
@@ -56,10 +69,12 @@ def time_in_turns(
         raise ValueError(f"--repeats {repeats} and --warmup {warmup} must be at least 1")
     times: dict[str, list[float]] = {name: [] for name in calls}
     inner = dict.fromkeys(calls, 1)
+    around = around or {}
     names = list(calls)
     for turn in range(warmup + repeats):
         for name in names if turn % 2 == 0 else reversed(names):
-            spent = _measure(calls[name], inner[name], device)
+            with around.get(name, nullcontext)():
+                spent = _measure(calls[name], inner[name], device)
             if turn >= warmup:
                 times[name].append(spent)
             elif turn == warmup - 1:
