@@ -11,13 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import apet
+from apet.bench.ceilings import add_ceiling_flags, chosen_ceilings
+from apet.bench.ceilings import described as described_ceilings
 from apet.bench.comparison import COLUMNS, Comparison, percent, text, timings_as_json
 from apet.bench.components import TOTAL, marked
 from apet.bench.device import add_device_flags, chosen_device, count_launches, described, graphed
 from apet.bench.output import table
-from apet.bench.presets import PRESETS, get_preset
+from apet.bench.presets import PRESETS, Preset, get_preset
 from apet.bench.timing import Timing, time_in_turns
 from apet.bench.variants import NONE, RANDOM, Variant, make_variants, parse_counts, runnable
+from apet.cost import Ceilings, prefill_cost
 
 _GRAPH = ", CUDA graph"
 
@@ -36,6 +40,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this command."""
     add_model_flags(parser)
+    add_ceiling_flags(parser)
     add_device_flags(parser, repeats=10)
     parser.add_argument("--cuda_graphs", action="store_true", help="also as one captured graph per variant and batch")
 
@@ -54,6 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = preset.build(device, dtype, args.attn_implementation)
     methods = [name for name in args.methods.split(",") if name not in (NONE, RANDOM)]
     variants = make_variants(model, preset, methods, args.tokens, not args.no_published)
+    ceilings = chosen_ceilings(args, device, dtype)
     tables, figures = [], []
     for batch in batches:
         inputs = preset.inputs(batch, args.text_tokens, device, dtype)
@@ -61,12 +67,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         fine, failed = runnable(variants, lambda variant, inputs=inputs: variant.prefill(inputs))
         figure, rows = _time_to_first_token(fine, failed, inputs, batch, device, args)
         parts, part_rows = _components(fine, inputs, device, args)
-        tables.append(table(f"time to first token, {title}", ["", *COLUMNS, "launches", "syncs"], rows))
+        _add_predictions(figure, rows, fine, preset, inputs, args.text_tokens, dtype, ceilings)
+        columns = ["", *COLUMNS, "launches", "syncs", "predicted ms"]
+        tables.append(table(f"time to first token, {title}, {described_ceilings(ceilings)}", columns, rows))
         names = [variant.name for variant in fine if variant.pipeline is None]
         tables.append(table(f"components in ms, {title}", ["", *names], part_rows))
         figures.append({"batch": batch, "calls": figure, "components": parts, "failed": failed})
-    budget = variants[RANDOM].config
-    return {"tables": tables, "batches": figures, "budget": budget.to_dict()}
+    return {"tables": tables, "batches": figures, "budget": variants[RANDOM].config.to_dict()}
 
 
 def _time_to_first_token(
@@ -89,6 +96,34 @@ def _time_to_first_token(
         rows.append([name, *compared.cells(), *counts])
     empty = [None] * (len(COLUMNS) + 1)
     return figures, rows + [[name, reason, *empty] for name, reason in failed.items()]
+
+
+def _add_predictions(
+    figures: dict[str, Any], rows: list[list], variants: Sequence[Variant], preset: Preset, inputs, text_tokens: int,
+    dtype: torch.dtype, ceilings: Ceilings,
+) -> None:  # fmt: skip
+    """A last cell for every row: what `apet.cost` says of the tokens that each variant really kept."""
+    predicted = {}
+    for variant in variants:
+        if variant.pipeline is not None:
+            continue
+        with variant.active():
+            variant.prefill(inputs)
+            visual = preset.visual_tokens(None)
+            if variant.config is not None:
+                visual = apet.last_result(variant.model).tokens_per_layer[0]
+        cost = prefill_cost(
+            preset.dims(),
+            visual,
+            text_tokens=text_tokens,
+            batch=len(inputs["input_ids"]),
+            dtype=dtype,
+            early_exit=variant.config is not None,
+        )
+        predicted[variant.name] = cost.seconds(ceilings) * 1e3
+        figures[variant.name]["predicted_ms"] = predicted[variant.name]
+    for row in rows:
+        row.append(predicted.get(row[0]))
 
 
 def _components(variants: Sequence[Variant], inputs: Mapping[str, Tensor], device, args) -> tuple[dict, list[list]]:

@@ -6,7 +6,7 @@ settings: 1.5 T tokens until the middle layer, T / 2 behind it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 
 from apet.config import ApetConfig
+from apet.cost import ModelDims, tokens_per_layer
 
 _TEXT_BEFORE = 35  # tokens in front of the image: the system prompt of LLaVA-1.5
 _VICUNA_VOCAB = 32064
@@ -32,6 +33,7 @@ class Preset:
         budget: (T, decoder layers) -> fields of `ApetConfig`.
         pixels: (batch, device, dtype) -> what the model takes beside ids.
         kind: "image", or "video" where the prompt holds a clip.
+        shape: Crops or grid of patches, as `apet.cost.ModelDims.of` takes them.
     """
 
     name: str
@@ -42,6 +44,19 @@ class Preset:
     budget: Callable[[int, int], Mapping[str, Any]]
     pixels: Callable[[int, torch.device, torch.dtype], dict[str, Tensor]]
     kind: str = "image"
+    shape: Mapping[str, Any] = field(default_factory=dict)
+
+    def dims(self) -> ModelDims:
+        """Dimensions, for the cost model."""
+        return ModelDims.of(self.config(), **self.shape)
+
+    def visual_tokens(self, config: ApetConfig | None) -> list[int]:
+        """Visual tokens of every decoder layer, without the newlines that LLaVA-NeXT keeps beside the budget."""
+        layers, crops = self.config().text_config.num_hidden_layers, self.shape.get("crops", 1)
+        if config is not None and config.video_token_num is not None:
+            # Every frame also has its class token and the basis.
+            return [crops * (config.video_token_num + config.basis_token_num + 1)] * layers
+        return tokens_per_layer(config, self.image_tokens, layers, crops)
 
     def build(self, device: torch.device, dtype: torch.dtype, attention: str = "sdpa") -> nn.Module:
         """The model with random weights, made where it stays and in its precision."""
@@ -224,16 +239,17 @@ PRESETS: Mapping[str, Preset] = {
         Preset(
             # 672 x 672 pixels: five crops of 576, and a newline at the end of each of the 48 rows of the four tiles.
             "llava-next-7b", "LlavaNextForConditionalGeneration", _llava_next, 2880 + 48, 320, _published(5),
-            _pictures(336, 5, (672, 672)),
+            _pictures(336, 5, (672, 672)), shape={"crops": 5},
         ),
         # 1008 x 1008 pixels: 72 x 72 patches, 36 x 36 tokens; 259 are 20 %.
         Preset(
-            "qwen2.5-vl-7b", "Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, 1296, 259, _shares(1296), _patches(72)
+            "qwen2.5-vl-7b", "Qwen2_5_VLForConditionalGeneration", _qwen2_5_vl, 1296, 259, _shares(1296), _patches(72),
+            shape={"grid": (72, 72)},
         ),
         # Eight frames of a class token and 256 patches; the budget is a frame's, class token and basis come on top.
         Preset(
             "video-llava-7b", "VideoLlavaForConditionalGeneration", _video_llava, 8 * 257, 22, _per_frame,
-            _clip(224, 8), "video",
+            _clip(224, 8), "video", {"crops": 8},
         ),
         Preset(
             "cpu-small", _LLAVA, _llava(_llama(768, 2048, 12, vocab=4096), _clip_tower(336, 384, 8)), 576, 64,

@@ -1,48 +1,20 @@
 """`prefill` and `generate` on a tiny model; presets of every family with small layers; components."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
+from bench.shrunk import shrunk
 
 import apet
 from apet.bench import __main__ as program
 from apet.bench.comparison import Comparison
 from apet.bench.components import REST, TOTAL, layer_groups, marked
-from apet.bench.presets import PRESETS, get_preset
+from apet.bench.presets import get_preset
 from apet.bench.variants import make_variants, runnable
 from apet.methods.base import Selector
 
 CPU = torch.device("cpu")
-SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
-
-
-def shrunk(name: str) -> SimpleNamespace:
-    """The preset with few narrow layers: the same prompt, budgets and code paths."""
-    preset = PRESETS[name]
-    config = preset.config()
-    for field, value in (SMALL | {"num_hidden_layers": 4, "num_key_value_heads": 2}).items():
-        setattr(config.text_config, field, value)
-    config.text_config.head_dim = 16
-    vision = config.vision_config
-    if hasattr(vision, "depth"):
-        vision.depth, vision.hidden_size, vision.intermediate_size = 2, 64, 64
-        vision.num_heads, vision.fullatt_block_indexes, vision.out_hidden_size = 4, [1], 64
-        config.text_config.rope_parameters["mrope_section"] = [2, 3, 3]
-    else:
-        for field, value in (SMALL | {"num_hidden_layers": 2, "projection_dim": 64}).items():
-            setattr(vision, field, value)
-    object.__setattr__(preset, "config", lambda: config)
-    return preset
-
-
-@pytest.fixture(autouse=True)
-def restore_presets():
-    before = {name: preset.config for name, preset in PRESETS.items()}
-    yield
-    for name, preset in PRESETS.items():
-        object.__setattr__(preset, "config", before[name])
 
 
 @pytest.mark.parametrize(
@@ -84,6 +56,7 @@ def test_prefill(capsys):
     assert list(figures["calls"]) == ["none", "random", "apet", "as published"]
     assert figures["calls"]["none"]["speedup"]["median"] == 1
     assert figures["calls"]["random"]["of_random"] == 1
+    assert figures["calls"]["apet"]["predicted_ms"] < figures["calls"]["none"]["predicted_ms"]
     parts = figures["components"]["apet"]
     assert {
         "tower",
@@ -174,3 +147,16 @@ def test_components_add_up_and_leave_nothing_behind():
 def test_layer_groups():
     assert layer_groups(4, (1, 3)) == {0: "layers 1-1", 1: "layers 2-3", 2: "layers 2-3", 3: "layers 4-4"}
     assert set(layer_groups(4, ()).values()) == {"layers 1-4"}
+
+
+def test_cost_predicts_for_given_and_for_measured_ceilings(capsys):
+    words = ["cost", "--preset", "llava-1.5-7b", "--device", "cpu", "--dtype", "bfloat16", "--batch", "1,16"]
+    assert program.main([*words, "--tflops", "600", "--gbytes", "4000"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["ceilings"] == {"flops": 6e14, "bandwidth": 4e12}
+    none, compressed = result["predictions"][2:]
+    assert none["kv_bytes"] == 16 * 640 * 2**19
+    assert compressed["speedup"]["ttft_ms"] == none["ttft_ms"] / compressed["ttft_ms"] > 3
+    assert bench(capsys, "cost", "--batch", "1")["ceilings"]["flops"] > 0
+    assert program.main([*words, "--tflops", "0"]) == 1
+    assert "--tflops 0.0 must be above 0" in capsys.readouterr().err
