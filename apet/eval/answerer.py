@@ -5,7 +5,7 @@ The benchmark side (`apet.eval.benchmarks`) and the model side meet only here, s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from PIL.Image import Image
 
@@ -48,7 +48,19 @@ class Answerer(Protocol):
     device: str
 
     def answer(self, prepared: Sequence[Any]) -> list[Answer]:
-        """Answer a batch, in its order; an answer does not depend on the rest of the batch."""
+        """Answer a batch, in its order; an answer does not depend on the rest of the batch.
+
+        Raises:
+            torch.OutOfMemoryError: The batch does not fit; the runner tries it in halves.
+        """
 
     def settings(self) -> Mapping[str, Any]:
         """Everything that can change an answer, as JSON types: model, prompts, precision, compression, decoding."""
+
+
+@runtime_checkable
+class Uploader(Protocol):
+    """An answerer that can move a batch to the device while it answers another; called from a thread of the runner."""
+
+    def load(self, prepared: Sequence[Any]) -> Any:
+        """Start moving a batch of prepared questions; `answer` takes what this returns in their place."""

@@ -6,7 +6,8 @@ Every flag is accepted with `_` and with `-`. Lists are parsed as literals, neve
 import argparse
 
 from apet.config import ApetConfig, parse_list
-from apet.eval.runner import RunOptions
+from apet.eval.batches import AUTO, CPU_BATCH_SIZE
+from apet.eval.run_options import RunOptions
 from apet.eval.scoring_cli import Parser
 from apet.methods import method_names
 
@@ -27,7 +28,13 @@ def add_data_flags(parser: Parser, question_file: str) -> None:
 
 def add_runner_flags(parser: Parser) -> None:
     """How the run is carried out."""
-    parser.add_argument("--batch_size", type=int, default=1, help="questions per batch; answers do not depend on it")
+    parser.add_argument(
+        "--batch_size",
+        type=_batch_size,
+        default=1,
+        help=f"questions per batch, or auto: the most that fit on a GPU, {CPU_BATCH_SIZE} on a CPU; answers do not "
+        "depend on it",
+    )
     parser.add_argument("--num_workers", type=int, default=4, help="processes that open images; 0 for none")
     parser.add_argument("--resume", action="store_true", help="continue a partial answers file of the same settings")
     parser.add_argument("--limit", type=int, default=None, help="only the first so many questions")
@@ -111,6 +118,10 @@ class _ChunkFlag(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         setattr(namespace, self.dest, values)
         namespace.chunks_given = True
+
+
+def _batch_size(text: str) -> int | str:
+    return text if text == AUTO else int(text)
 
 
 def _fps_start(text: str) -> int | str:

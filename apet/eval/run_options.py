@@ -13,7 +13,7 @@ class RunOptions:
         image_folder: Folder that image paths are relative to.
         num_chunks: Number of shards.
         chunk_idx: Which shard this is.
-        batch_size: Questions per batch.
+        batch_size: Questions per batch, or "auto" for the most that fit (`apet.eval.batches.BatchSize`).
         num_workers: Worker processes that open and prepare images; 0 prepares in this process.
         resume: Continue a partial answers file of the same settings.
         limit: Only the first so many questions of the file; None for all.
@@ -25,7 +25,7 @@ class RunOptions:
     image_folder: str = ""
     num_chunks: int = 1
     chunk_idx: int = 0
-    batch_size: int = 1
+    batch_size: int | str = 1
     num_workers: int = 0
     resume: bool = False
     limit: int | None = None
@@ -37,8 +37,8 @@ class RunOptions:
                 f"--chunk-idx {self.chunk_idx} with --num-chunks {self.num_chunks}: chunks are numbered "
                 f"0..{max(self.num_chunks - 1, 0)}"
             )
-        if self.batch_size < 1:
-            raise ValueError(f"--batch_size {self.batch_size} must be at least 1")
+        if self.batch_size != "auto" and (isinstance(self.batch_size, str) or self.batch_size < 1):
+            raise ValueError(f"--batch_size {self.batch_size} must be at least 1, or auto")
         if self.num_workers < 0:
             raise ValueError(f"--num_workers {self.num_workers} must not be negative")
         if self.limit is not None and self.limit < 1:

@@ -1,13 +1,17 @@
 """The only evaluation loop: shards, batches, worker processes, resume, and a record of the run beside the answers.
 
 Answers are appended as they come, one flushed line each, so a killed run loses at most the batch in flight. A finished
-file is in the order of the questions; order and content do not depend on batch size, workers or shards.
+file is in the order of the questions; order and content do not depend on batch size, workers or shards. While the model
+answers a batch, worker processes prepare the following ones, a thread uploads the next, and another writes the last.
 """
 
 import json
 import os
+import queue
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from apet.eval.answerer import Answer, Answerer, Preparer
+from apet.eval.answerer import Answer, Answerer, Preparer, Uploader
+from apet.eval.batches import Batch, BatchSize, ahead, batches
 from apet.eval.benchmarks import Benchmark, Question
 from apet.eval.benchmarks.files import write_text_atomic
 from apet.eval.images import ImageError, open_images
@@ -74,21 +79,87 @@ def _answer_all(
     answers: "AnswersFile",
     record: RunRecord,
 ) -> None:
-    loader = _loader(shard, todo, answerer.preparer, options)
-    with tqdm(total=len(shard), initial=len(shard) - len(todo), unit="q", desc=_label(options)) as bar:
-        for batch in loader:
-            ready = [(index, prepared) for index, prepared in batch if not isinstance(prepared, ImageError)]
-            for index, problem in batch:
-                if isinstance(problem, ImageError):
+    size = BatchSize(options.batch_size, answerer.device)
+    load = answerer.load if isinstance(answerer, Uploader) else list
+    prepared = _loader(shard, todo, answerer.preparer, options, size)
+
+    def write(batch: Batch, texts: list[Answer], seconds: float) -> None:
+        for (index, _), answer in zip(batch.ready, texts, strict=True):
+            answers.append(_line(benchmark, answerer, shard[index], answer))
+        record.add(texts, seconds)
+        record.save_sometimes()
+
+    writer = Writer(write)
+    try:
+        with (
+            closing(ahead(batches(prepared, size, load))) as coming,
+            tqdm(total=len(shard), initial=len(shard) - len(todo), unit="q", desc=_label(options)) as bar,
+        ):
+            for batch in coming:
+                for index, problem in batch.failures:
                     _report_failure(shard[index], problem, options, record)
-            if ready:
-                start = time.perf_counter()
-                texts = answerer.answer([prepared for _, prepared in ready])
-                record.add(texts, time.perf_counter() - start)
-                for (index, _), answer in zip(ready, texts, strict=True):
-                    answers.append(_line(benchmark, answerer, shard[index], answer))
-            record.save_sometimes()
-            bar.update(len(batch))
+                bar.update(len(batch.failures))
+                waiting = [batch] if batch.ready else []
+                while waiting:
+                    part = waiting.pop(0)
+                    start = time.perf_counter()
+                    texts = _answer_if_it_fits(answerer, part.load(load))
+                    if texts is None:
+                        size.overflowed(len(part.ready))
+                        waiting[:0] = part.halves()
+                        continue
+                    size.fitted(len(part.ready))
+                    writer.put(part, texts, time.perf_counter() - start)
+                    bar.update(len(part.ready))
+    finally:
+        writer.close()
+        if size.auto:
+            record.environment["batch_size"] = f"auto: {size.now}"
+
+
+def _answer_if_it_fits(answerer: Answerer, batch: Batch) -> list[Answer] | None:
+    """The answers, or None where the batch does not fit into the memory of the device."""
+    try:
+        return answerer.answer(batch.loaded) if batch.loaded is not None else None
+    except torch.OutOfMemoryError:
+        pass
+    # Behind the except block, which holds on to the tensors of the failed call.
+    torch.cuda.empty_cache()
+    return None
+
+
+class Writer:
+    """Calls `write` in a thread, so that nobody waits for files. What goes wrong there is raised by the next call."""
+
+    def __init__(self, write: Callable[..., None]) -> None:
+        self._write = write
+        self._entries: queue.Queue = queue.Queue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="apet-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, *entry: Any) -> None:
+        """Hand over the arguments of one call."""
+        self._raise()
+        self._entries.put(entry)
+
+    def close(self) -> None:
+        """Wait until everything is written."""
+        self._entries.put(None)
+        self._thread.join()
+        self._raise()
+
+    def _work(self) -> None:
+        try:
+            while (entry := self._entries.get()) is not None:
+                self._write(*entry)
+        except BaseException as error:
+            self._error = error  # nothing is written behind it
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
 
 def _line(benchmark: Benchmark, answerer: Answerer, question: Question, answer: Answer) -> dict[str, Any]:
@@ -109,14 +180,31 @@ def _report_failure(question: Question, problem: ImageError, options: RunOptions
     record.failures.append({"question_id": question.question_id, "image": question.image, "error": str(problem)})
 
 
-def _loader(shard: Sequence[Question], todo: list[int], preparer: Preparer, options: RunOptions) -> DataLoader:
-    """Batches of (index, prepared question or ImageError), of prompts of similar length to waste no padding."""
-    order = todo if options.batch_size == 1 else sorted(todo, key=lambda index: len(shard[index].prompt))
-    batches = [order[start : start + options.batch_size] for start in range(0, len(order), options.batch_size)]
-    workers = min(options.num_workers, len(batches))
+def _loader(
+    shard: Sequence[Question], todo: list[int], preparer: Preparer, options: RunOptions, size: BatchSize
+) -> DataLoader:
+    """(index, prepared question or ImageError), one by one, prompts of similar length together.
+
+    The longest come first: whether batches fit into memory shows at once.
+    """
+    alone = not size.auto and size.now == 1
+    order = todo if alone else sorted(todo, key=lambda index: _length(shard[index]), reverse=True)
+    workers = min(options.num_workers, len(order))
+    # Enough in flight to fill the next batch while one is answered.
+    each = max(2, -(-2 * size.now // workers)) if workers else None
     return DataLoader(
-        _Prepared(shard, preparer, options.image_folder), batch_sampler=batches, collate_fn=list, num_workers=workers
-    )
+        _Prepared(shard, preparer, options.image_folder), batch_size=None, sampler=order, collate_fn=_as_it_is,
+        num_workers=workers, prefetch_factor=each,
+    )  # fmt: skip
+
+
+def _length(question: Question) -> tuple[bool, int]:
+    """Sorts prompts by their length: an image is longer than any text."""
+    return question.image is not None or question.image_base64 is not None, len(question.prompt)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 class _Prepared(Dataset):

@@ -118,23 +118,34 @@ class LlavaAnswerer:
         self.device = str(model.device)
         self._generation, self._config, self._path = generation, config, model_path
 
-    def answer(self, prepared: Sequence[PreparedQuestion]) -> list[Answer]:
-        """Answers of a batch of prepared questions."""
+    def load(self, prepared: Sequence[PreparedQuestion]) -> "LoadedQuestions":
+        """A batch on its way to the device: on a GPU from pinned memory, in a stream of its own."""
         ids, mask = _left_pad([one.input_ids for one in prepared], self._pad_id)
-        images, sizes = self._images(prepared)
+        pixels, sizes = self._pixels(prepared)
+        upload = Upload(self.model.device)
+        images = [upload(one, self.model.dtype) for one in pixels] if isinstance(pixels, list) else pixels
+        if isinstance(images, Tensor):
+            images = upload(images, self.model.dtype)
+        has_image = tuple(one.pixels is not None for one in prepared)
+        return LoadedQuestions(upload(ids), upload(mask), images, sizes, has_image, upload)
+
+    def answer(self, prepared: "Sequence[PreparedQuestion] | LoadedQuestions") -> list[Answer]:
+        """Answers of a batch of prepared questions, or of what `load` made of them."""
+        loaded = prepared if isinstance(prepared, LoadedQuestions) else self.load(prepared)
+        loaded.upload.finish()
         output = self.model.generate(
-            ids.to(self.model.device),
-            attention_mask=mask.to(self.model.device),
-            images=images,
-            image_sizes=sizes,
+            loaded.input_ids,
+            attention_mask=loaded.attention_mask,
+            images=loaded.images,
+            image_sizes=loaded.image_sizes,
             **self._generation.kwargs(),
         )
         new_ids = [self._until_end(row) for row in output.tolist()]
         texts = self.preparer.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
         visual = apet.last_result(self.model).layer_averaged_tokens[:: self._generation.num_beams]
         return [
-            Answer(text.strip(), len(new), tokens if one.pixels is not None else None)
-            for text, new, tokens, one in zip(texts, new_ids, visual, prepared, strict=True)
+            Answer(text.strip(), len(new), tokens if shown else None)
+            for text, new, tokens, shown in zip(texts, new_ids, visual, loaded.has_image, strict=True)
         ]
 
     def settings(self) -> Mapping[str, Any]:
@@ -156,14 +167,13 @@ class LlavaAnswerer:
     def _pad_id(self) -> int:
         return self.model.generation_config.pad_token_id
 
-    def _images(self, prepared: Sequence[PreparedQuestion]) -> tuple[Any, list[tuple[int, int]] | None]:
-        """Pixels on the device, one entry per row; a row without an image gets a blank one that it never shows."""
+    def _pixels(self, prepared: Sequence[PreparedQuestion]) -> tuple[Any, list[tuple[int, int]] | None]:
+        """Pixels, one entry per row; a row without an image gets a blank one that it never shows."""
         known = [one.pixels for one in prepared if one.pixels is not None]
         if not known:
             return None, None
-        device, dtype = self.model.device, self.model.dtype
         blank = torch.zeros_like(known[0][:1] if known[0].dim() == 4 else known[0])
-        pixels = [(blank if one.pixels is None else one.pixels).to(device, dtype) for one in prepared]
+        pixels = [blank if one.pixels is None else one.pixels for one in prepared]
         sizes = [one.image_size or (1, 1) for one in prepared]
         same = len({one.shape for one in pixels}) == 1
         return (torch.stack(pixels) if same else pixels), sizes
@@ -174,6 +184,55 @@ class LlavaAnswerer:
         ends = {end} if isinstance(end, int) else set(end or ())
         stop = next((index for index, token in enumerate(ids) if token in ends), len(ids) - 1)
         return ids[: stop + 1]
+
+
+class Upload:
+    """Copies to a device that do not hold up its work: from pinned memory, in a stream beside the one that computes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._sent: list[Tensor] = []
+
+    def __call__(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The tensor on the device, converted before it travels; complete after `finish`."""
+        tensor = tensor if dtype is None else tensor.to(dtype)
+        if self._stream is None:
+            return tensor.to(self._device)
+        with torch.cuda.stream(self._stream):
+            sent = tensor.pin_memory().to(self._device, non_blocking=True)
+        self._sent.append(sent)
+        return sent
+
+    def finish(self) -> None:
+        """Let the work that follows on the device wait for the copies; the host does not wait."""
+        if self._stream is None:
+            return
+        computing = torch.cuda.current_stream(self._device)
+        computing.wait_stream(self._stream)
+        for tensor in self._sent:
+            tensor.record_stream(computing)  # its memory is not given away while the work reads it
+
+
+@dataclass(frozen=True)
+class LoadedQuestions:
+    """A batch on the device.
+
+    Attributes:
+        input_ids: (B, L) int64, padded on the left, with -200 for images.
+        attention_mask: (B, L).
+        images: (B, 3, H, W), a list with one tensor per row, or None.
+        image_sizes: (width, height) per row, or None.
+        has_image: Which rows have an image of their own.
+        upload: The copies under way.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    images: Tensor | list[Tensor] | None
+    image_sizes: list[tuple[int, int]] | None
+    has_image: tuple[bool, ...]
+    upload: Upload
 
 
 def _left_pad(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,111 @@
+"""Where the time of a prefill goes: tower, selection, projector, decoder layers in front of and behind the LLM stage.
+
+Marks are set by hooks, on a GPU as events in its stream, so that measuring adds no wait. Selection runs inside
+pre-hooks of the patch; the hooks here are registered after them and see the modules without it.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from apet.adapters import adapter_for
+from apet.bench.timing import synchronize
+from apet.methods.base import Selector
+
+TOWER, PROJECTOR, HEAD, TOTAL, REST = "tower", "projector", "head", "total", "rest"
+_TOWERS = ("vision_tower", "visual", "video_tower")
+
+
+class Marks:
+    """Named spans of time of one call.
+
+    Args:
+        device: On a GPU spans are measured there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._open: dict[str, Any] = {}
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def start(self, name: str) -> None:
+        """Open a span."""
+        self._open[name] = self._now()
+
+    def stop(self, name: str) -> None:
+        """Close it."""
+        self._spans.append((name, self._open.pop(name), self._now()))
+
+    def milliseconds(self) -> dict[str, float]:
+        """Time per name, spans of one name added up, and what of the total no other span holds. Waits for the GPU."""
+        synchronize(self._device)
+        spent: dict[str, float] = {}
+        for name, start, stop in self._spans:
+            elapsed = start.elapsed_time(stop) if self._device.type == "cuda" else (stop - start) * 1e3
+            spent[name] = spent.get(name, 0.0) + elapsed
+        spent[REST] = 2 * spent[TOTAL] - sum(spent.values())
+        return spent
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def layer_groups(layers: int, stages: tuple[int, ...]) -> Mapping[int, str]:
+    """Name of the group that each decoder layer (0-based) belongs to: those between two stages."""
+    borders = [0, *stages, layers]
+    return {
+        layer: f"layers {first + 1}-{last}"
+        for first, last in zip(borders, borders[1:], strict=False)
+        for layer in range(first, last)
+    }
+
+
+@contextmanager
+def marked(model: nn.Module, device: torch.device, stages: tuple[int, ...]) -> Iterator[Marks]:
+    """Measure the components of every call inside the block; enter it after patching.
+
+    Args:
+        model: A model that `apet.apply_patch` serves.
+        device: Where it runs.
+        stages: Layers, counted from 1, behind which the decoder's time is split.
+    """
+    marks, adapter = Marks(device), adapter_for(model)
+    tower = next(getattr(adapter.base_model, name) for name in _TOWERS if hasattr(adapter.base_model, name))
+    groups = layer_groups(len(adapter.layers), stages)
+    parts = [(TOTAL, model), (TOWER, tower), (HEAD, model.get_output_embeddings())]
+    parts += [(PROJECTOR, adapter.projector)] if adapter.projector is not None else []
+    parts += [(groups[index], layer) for index, layer in enumerate(adapter.layers)]
+    handles = [handle for name, module in parts for handle in _marking(marks, name, module)]
+    original = Selector.__call__
+
+    def timed(select: Selector, *args: Any, **kwargs: Any) -> Any:
+        context = select.context
+        name = f"selector, {'vision' if context.stage == 'vision' else f'after layer {context.layer}'}"
+        marks.start(name)
+        result = original(select, *args, **kwargs)
+        marks.stop(name)
+        return result
+
+    Selector.__call__ = timed
+    try:
+        yield marks
+    finally:
+        Selector.__call__ = original
+        for handle in handles:
+            handle.remove()
+
+
+def _marking(marks: Marks, name: str, module: nn.Module) -> list:
+    """Hooks that open a span right before a module and close it right behind, inside all other hooks."""
+    return [
+        module.register_forward_pre_hook(lambda *_: marks.start(name)),
+        module.register_forward_hook(lambda *_: marks.stop(name), prepend=True),
+    ]

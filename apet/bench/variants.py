@@ -1,0 +1,107 @@
+"""The ways of running one model that are timed side by side, and what must hold while one of them runs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import apet
+from apet.bench.presets import Preset
+from apet.bench.published_pipeline import MODEL_TYPES, PublishedPipeline
+from apet.bench.shapes import AS_PUBLISHED
+from apet.config import ApetConfig
+
+NONE, RANDOM = "none", "random"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of running the model.
+
+    Attributes:
+        name: A method, "none" for the model as it is, or "as published".
+        model: The model.
+        config: Its compression, None without one.
+        pipeline: Runs the model instead of its own forward.
+    """
+
+    name: str
+    model: nn.Module = field(repr=False)
+    config: ApetConfig | None
+    pipeline: PublishedPipeline | None = None
+
+    def active(self) -> AbstractContextManager:
+        """What must hold during `prefill` and `generate`."""
+        if self.pipeline is not None:
+            return self.pipeline.eager_tower()
+        return nullcontext() if self.config is None else apet.patched(self.model, self.config)
+
+    @torch.inference_mode()
+    def prefill(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """First new token (B, 1): tower, projector, decoder, logits of the last position."""
+        if self.pipeline is not None:
+            return self.pipeline.prefill(**inputs)
+        return self.model(**inputs, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+
+    @torch.inference_mode()
+    def generate(self, inputs: Mapping[str, Tensor], new_tokens: int) -> Tensor:
+        """`new_tokens` greedy tokens (B, T), or prompt and tokens."""
+        if self.pipeline is not None:
+            return self.pipeline.generate(**inputs, max_new_tokens=new_tokens)
+        return self.model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+
+
+def make_variants(
+    model: nn.Module, preset: Preset, methods: Sequence[str], tokens: int | None, published: bool
+) -> dict[str, Variant]:
+    """No compression, the methods, random selection and the published pipeline, all at one budget.
+
+    Args:
+        model: The preset's model.
+        preset: Knows how to spend a budget.
+        methods: Registered names beside "random".
+        tokens: Budget averaged over the layers, None for the preset's.
+        published: Add the published pipeline where it is written down for the model.
+
+    Raises:
+        ValueError: A method that the model or the budget refuses.
+    """
+    found = [Variant(NONE, model, None)]
+    for name in dict.fromkeys([RANDOM, *methods]):
+        config = preset.compression(name, tokens)
+        with apet.patched(model, config):  # refuses here what it would refuse later
+            found.append(Variant(name, model, config))
+    if published and model.config.model_type in MODEL_TYPES:
+        config = preset.compression("apet", tokens)
+        found.append(Variant(AS_PUBLISHED, model, config, PublishedPipeline(model, config)))
+    return {variant.name: variant for variant in found}
+
+
+def runnable(variants: Mapping[str, Variant], run: Callable[[Variant], Any]) -> tuple[list[Variant], dict[str, str]]:
+    """The variants that `run` works for, and why the others do not (the memory of the GPU)."""
+    fine, failed = [], {}
+    for variant in variants.values():
+        try:
+            with variant.active():
+                run(variant)
+        except torch.OutOfMemoryError as error:
+            failed[variant.name] = f"out of memory: {str(error).splitlines()[0]}"
+            torch.cuda.empty_cache()
+        else:
+            fine.append(variant)
+    return fine, failed
+
+
+def parse_counts(text: str, flag: str) -> list[int]:
+    """Whole numbers of at least 1, separated by commas.
+
+    Raises:
+        ValueError: Something else.
+    """
+    words = [word.strip() for word in str(text).split(",")]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise ValueError(f"{flag} {text!r} must be numbers of at least 1, separated by commas")
+    return [int(word) for word in words]

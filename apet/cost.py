@@ -1,0 +1,331 @@
+"""What a prefill costs, without running it: FLOPs, bytes of the key-value cache, and the time to the first token.
+
+FLOPs are those of matrix products (a multiply-add is two; attention without the saving of its causal half), counted as
+`torch.utils.flop_counter` counts them and equal to its count. Time is a roofline: every part takes as long as its
+products at the measured rate, or as reading its weights where that is longer, and then the passes of its elementwise
+operations over its activations. Selection is not in it: it reads the tokens once and costs well below one layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from apet.config import ApetConfig
+
+# Passes of transformers' elementwise operations over the activations, in vectors of the hidden width per token: two
+# norms in float32 and two residual sums; and over the widths of rotary embeddings and of the MLP.
+_NORM_PASSES, _ROTARY_PASSES, _MLP_PASSES = 30, 8, 5
+
+
+@dataclass(frozen=True)
+class TowerDims:
+    """A vision tower, for one image or clip.
+
+    Attributes:
+        layers: Layers it has.
+        needed: Layers in front of the features that are read.
+        width: Hidden width.
+        mlp: Width of its MLP.
+        gated: Whether the MLP has a gate.
+        rows: Rows per crop or frame, class token included.
+        crops: Crops or frames.
+        patch_values: Numbers of a patch.
+        pairs: Pairs of rows that attend to each other in a layer, averaged over the layers.
+    """
+
+    layers: int
+    needed: int
+    width: int
+    mlp: int
+    gated: bool
+    rows: int
+    crops: int
+    patch_values: int
+    pairs: float
+
+    @property
+    def patches(self) -> int:
+        """Patches of a crop."""
+        return self.rows if self.gated else self.rows - 1
+
+    def layer_flops(self) -> float:
+        """Matrix products of one layer."""
+        dense = self.width * (4 * self.width + (3 if self.gated else 2) * self.mlp)
+        return self.crops * (2 * self.rows * dense + 4 * self.pairs * self.width)
+
+    def layer_weights(self) -> int:
+        """Numbers in the matrices of one layer."""
+        return self.width * (4 * self.width + (3 if self.gated else 2) * self.mlp)
+
+
+@dataclass(frozen=True)
+class TextDims:
+    """A decoder with gated MLPs."""
+
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    def layer_weights(self) -> int:
+        """Numbers in the matrices of one layer."""
+        attention = self.width * self.head_dim * 2 * (self.heads + self.kv_heads)
+        return attention + 3 * self.width * self.mlp
+
+    def layer_flops(self, queries: int, keys: int) -> int:
+        """Matrix products of one layer for `queries` tokens that see `keys` tokens."""
+        return 2 * queries * self.layer_weights() + 4 * queries * keys * self.heads * self.head_dim
+
+    def layer_activations(self, queries: int) -> int:
+        """Numbers that the elementwise operations of one layer read and write."""
+        rotary = (self.heads + self.kv_heads) * self.head_dim
+        return queries * (_NORM_PASSES * self.width + _ROTARY_PASSES * rotary + _MLP_PASSES * self.mlp)
+
+
+@dataclass(frozen=True)
+class ModelDims:
+    """A vision-language model with one image (or clip) per prompt.
+
+    Attributes:
+        tower: Vision tower.
+        projector: (inputs, outputs) of the matrices between tower and decoder.
+        projector_rows: Rows that enter them without compression.
+        text: Decoder.
+        before_projector: Whether compression acts in front of the projector, which then maps the kept rows only.
+    """
+
+    tower: TowerDims
+    projector: tuple[tuple[int, int], ...]
+    projector_rows: int
+    text: TextDims
+    before_projector: bool
+
+    @classmethod
+    def of(cls, config: Any, crops: int = 1, grid: tuple[int, int] | None = None) -> "ModelDims":
+        """Dimensions of a transformers configuration.
+
+        Args:
+            config: Of LLaVA, LLaVA-NeXT, Video-LLaVA or Qwen2.5-VL.
+            crops: Crops of an image, or frames of a clip.
+            grid: (rows, columns) of patches of an image, where the model takes any size.
+
+        Raises:
+            ValueError: Another model, or a missing grid.
+        """
+        if config.model_type in ("llava", "llava_next", "video_llava"):
+            return _clip_dims(config, crops)
+        if config.model_type == "qwen2_5_vl":
+            if grid is None:
+                raise ValueError("qwen2_5_vl takes images of any size; give the grid of patches (rows, columns)")
+            return _qwen_dims(config, grid)
+        known = "llava, llava_next, video_llava, qwen2_5_vl"
+        raise ValueError(f"the cost of model type {config.model_type!r} is not known; known: {known}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a forward pass: FLOPs, bytes of its weights, bytes its elementwise operations move."""
+
+    name: str
+    flops: float
+    weight_bytes: float
+    activation_bytes: float
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device does at best.
+
+    Attributes:
+        flops: Matrix products, FLOP per second.
+        bandwidth: Reading memory, bytes per second.
+    """
+
+    flops: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Cost of one forward pass.
+
+    Attributes:
+        parts: In the order they run.
+        kv_bytes: Key-value cache afterwards.
+    """
+
+    parts: tuple[Part, ...]
+    kv_bytes: int
+
+    @property
+    def flops(self) -> float:
+        """Of all parts."""
+        return sum(part.flops for part in self.parts)
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """Predicted time."""
+        return sum(
+            max(part.flops / ceilings.flops, part.weight_bytes / ceilings.bandwidth)
+            + part.activation_bytes / ceilings.bandwidth
+            for part in self.parts
+        )
+
+
+def tokens_per_layer(config: ApetConfig | None, image_tokens: int, layers: int, crops: int = 1) -> list[int]:
+    """Visual tokens that every decoder layer sees of one image, from budgets in counts or shares.
+
+    Args:
+        config: Compression, None without one.
+        image_tokens: Tokens of the uncompressed image.
+        layers: Decoder layers.
+        crops: Crops that share these tokens; `visual_token_num` is for each.
+
+    Raises:
+        ValueError: A budget per image (a list) or for clips: `apet.last_result` has the counts of a run.
+    """
+    counts, now = [], image_tokens
+    if config is None:
+        return [image_tokens] * layers
+    if config.video_token_num is not None or any(isinstance(budget, tuple) for budget in config.stage_budgets):
+        raise ValueError("budgets per image or for clips are not predicted; take the counts from apet.last_result")
+    stages = dict(zip((0, *config.layer_list), config.stage_budgets, strict=True))
+    for layer in range(layers):
+        budget = stages.get(layer)
+        if isinstance(budget, float):
+            now = max(1, int(budget * now))
+        elif budget is not None:
+            now = min(now, budget * crops if layer == 0 else budget)
+        counts.append(now)
+    return counts
+
+
+def prefill_cost(
+    dims: ModelDims,
+    visual: Sequence[int],
+    *,
+    text_tokens: int,
+    batch: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    projected: int | None = None,
+    early_exit: bool = False,
+) -> Estimate:
+    """Cost from pixels to the logits of the last position.
+
+    Args:
+        dims: Model.
+        visual: Visual tokens of every decoder layer (`tokens_per_layer`, or `apet.last_result`).
+        text_tokens: Text tokens of the prompt.
+        batch: Prompts.
+        dtype: Of weights and activations.
+        projected: Rows that pass the projector; None for the visual tokens of the first layer where compression acts in
+            front of it (LLaVA-NeXT's newlines are not among them), and for all rows elsewhere.
+        early_exit: The tower stops behind the layer whose output is read.
+
+    Raises:
+        ValueError: Not one number per layer.
+    """
+    text, tower, size = dims.text, dims.tower, dtype.itemsize
+    if len(visual) != text.layers:
+        raise ValueError(f"visual holds {len(visual)} numbers for {text.layers} decoder layers; give one per layer")
+    run = tower.needed if early_exit else tower.layers
+    patches = tower.crops * tower.patches
+    embed = 2 * patches * tower.patch_values * tower.width
+    rows = tower.crops * tower.rows
+    moved = run * rows * (_NORM_PASSES * tower.width + _MLP_PASSES * tower.mlp)
+    weights = run * tower.layer_weights() + tower.patch_values * tower.width
+    flops = batch * (embed + run * tower.layer_flops())
+    parts = [Part("tower", flops, weights * size, batch * moved * size)]
+
+    mapped = min(visual[0], dims.projector_rows) if dims.before_projector else dims.projector_rows
+    mapped = mapped if projected is None else projected
+    matrices = sum(inputs * outputs for inputs, outputs in dims.projector)
+    written = 3 * mapped * sum(outputs for _, outputs in dims.projector)
+    parts.append(Part("projector", batch * 2 * mapped * matrices, matrices * size, batch * written * size))
+    for layer, tokens in enumerate(visual, start=1):
+        parts.append(_text_layer(f"layer {layer}", text, text_tokens + tokens, text_tokens + tokens, batch, size))
+    parts.append(_head(text, batch, size))
+    return Estimate(tuple(parts), _kv_bytes(text, [text_tokens + tokens for tokens in visual], batch, size))
+
+
+def decode_cost(
+    dims: ModelDims, lengths: Sequence[int], *, batch: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> Estimate:
+    """Cost of one decoded token per prompt.
+
+    Args:
+        dims: Model.
+        lengths: Tokens in the cache of every layer, without the new one.
+        batch: Prompts.
+        dtype: Of weights and cache.
+    """
+    text, size = dims.text, dtype.itemsize
+    parts = []
+    for layer, length in enumerate(lengths, start=1):
+        part = _text_layer(f"layer {layer}", text, 1, length + 1, batch, size)
+        cache = _kv_bytes(text, [length + 1], batch, size)
+        parts.append(Part(part.name, part.flops, part.weight_bytes + cache, part.activation_bytes))
+    parts.append(_head(text, batch, size))
+    return Estimate(tuple(parts), _kv_bytes(text, [length + 1 for length in lengths], batch, size))
+
+
+def _text_layer(name: str, text: TextDims, queries: int, keys: int, batch: int, size: int) -> Part:
+    moved = batch * text.layer_activations(queries) * size
+    return Part(name, batch * text.layer_flops(queries, keys), text.layer_weights() * size, moved)
+
+
+def _head(text: TextDims, batch: int, size: int) -> Part:
+    return Part("head", 2 * batch * text.width * text.vocab, text.width * text.vocab * size, batch * text.vocab * size)
+
+
+def _kv_bytes(text: TextDims, lengths: Sequence[int], batch: int, size: int) -> int:
+    return batch * sum(lengths) * 2 * text.kv_heads * text.head_dim * size
+
+
+def _text_dims(config: Any) -> TextDims:
+    heads = config.num_attention_heads
+    return TextDims(
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.intermediate_size,
+        heads,
+        config.num_key_value_heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+        config.vocab_size,
+    )
+
+
+def _clip_dims(config: Any, crops: int) -> ModelDims:
+    vision, text = config.vision_config, _text_dims(config.text_config)
+    patches = (vision.image_size // vision.patch_size) ** 2
+    select = config.vision_feature_layer
+    needed = vision.num_hidden_layers + 1 + select if select < 0 else select
+    tower = TowerDims(
+        vision.num_hidden_layers, needed, vision.hidden_size, vision.intermediate_size, False, patches + 1, crops,
+        3 * vision.patch_size**2, (patches + 1) ** 2,
+    )  # fmt: skip
+    video = config.model_type == "video_llava"
+    rows = crops * (patches + video)  # frames keep their class token
+    return ModelDims(tower, ((vision.hidden_size, text.width), (text.width, text.width)), rows, text, not video)
+
+
+def _qwen_dims(config: Any, grid: tuple[int, int]) -> ModelDims:
+    vision = config.vision_config
+    rows, columns = grid
+    window = vision.window_size // vision.patch_size
+    spans = [[min(window, length - start) for start in range(0, length, window)] for length in grid]
+    windowed = sum((height * width) ** 2 for height in spans[0] for width in spans[1])
+    full = len(vision.fullatt_block_indexes)
+    pairs = (full * (rows * columns) ** 2 + (vision.depth - full) * windowed) / vision.depth
+    merged = vision.hidden_size * vision.spatial_merge_size**2
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    tower = TowerDims(
+        vision.depth, vision.depth, vision.hidden_size, vision.intermediate_size, True, rows * columns, 1, patch, pairs
+    )
+    count = rows * columns // vision.spatial_merge_size**2
+    projector = ((merged, merged), (merged, vision.out_hidden_size))
+    return ModelDims(tower, projector, count, _text_dims(config.text_config), False)
