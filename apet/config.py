@@ -89,6 +89,7 @@ class ApetConfig:
         image_token_ratio_list: The same as shares of the tokens that enter each stage.
         basis_token_num: Basis tokens k.
         method: Registered name of the compression method.
+        method_options: Hyper-parameters of the method that differ from the published ones, by name.
         basis_selection: "fps", "dpc" or "random".
         fps_start: "farthest" (from the mean) or the index of the first basis token.
         position_mode: "compact" renumbers the surviving tokens, "keep" leaves them their original positions, "auto"
@@ -111,6 +112,7 @@ class ApetConfig:
     image_token_ratio_list: tuple[float, ...] = ()
     basis_token_num: int = 10
     method: str = "apet"
+    method_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     basis_selection: str = "fps"
     fps_start: int | str = "farthest"
     position_mode: str = "auto"
@@ -121,6 +123,9 @@ class ApetConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "visual_token_num", _frozen(self.visual_token_num))
+        if not isinstance(self.method_options, Mapping):
+            raise ValueError(f"method_options={self.method_options!r} must be a mapping of option names to values")
+        object.__setattr__(self, "method_options", dict(self.method_options))
         for name in ("layer_list", "image_token_list", "image_token_ratio_list"):
             values = getattr(self, name)
             if values is not None and not isinstance(values, (list, tuple)):

@@ -62,6 +62,7 @@ REFUSED = [
     ({"fps_start": -1}, "fps_start=-1"),
     ({"fps_start": True}, "fps_start=True"),
     ({"compat": "original"}, "compat='original' is unknown; choose published"),
+    ({"method_options": "quota=0"}, "method_options='quota=0' must be a mapping"),
     ({"position_mode": "absolute"}, "position_mode='absolute' is unknown; choose auto, compact, keep"),
 ]
 
@@ -74,6 +75,7 @@ ACCEPTED = [
     {"visual_token_num": 96, "layer_list": [8], "image_token_ratio_list": [0.333]},
     {"image_token_ratio": 0.3, "layer_list": [14], "image_token_ratio_list": [1.0]},
     {"layer_list": [8, 16], "image_token_list": [(40, 20), (20, 10)]},
+    {"method": "apet_plus", "method_options": {"quota": 0.5, "similarity_floor": None}},
     {"basis_token_num": 0, "basis_selection": "dpc", "fps_start": 0, "position_mode": "keep", "seed": 7},
 ]
 

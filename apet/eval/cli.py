@@ -9,7 +9,7 @@ from apet.config import ApetConfig, parse_list
 from apet.eval.batches import AUTO, CPU_BATCH_SIZE
 from apet.eval.run_options import RunOptions
 from apet.eval.scoring_cli import Parser
-from apet.methods import method_names
+from apet.methods import method_names, parse_method
 
 # Tokens of an image in LLaVA-1.5: as a budget it keeps everything.
 ALL_TOKENS = 576
@@ -54,7 +54,12 @@ def add_compression_flags(parser: Parser) -> None:
     group.add_argument("--image_token_ratio", type=float, default=None, help="vision stage as a share of the tokens")
     group.add_argument("--image_token_ratio_list", type=str, default=None, help="layers' budgets as shares")
     group.add_argument("--basis_token_num", type=int, default=10, help="basis tokens k")
-    group.add_argument("--method", type=str, default="apet", help=f"one of: {', '.join(method_names())}")
+    group.add_argument(
+        "--method",
+        type=str,
+        default="apet",
+        help=f"with options as name:option=value,...; one of: {', '.join(method_names())}",
+    )
     group.add_argument("--basis_selection", type=str, default="fps", help="fps, dpc or random")
     group.add_argument("--fps_start", type=str, default="farthest", help="farthest, first, or a token index")
     group.add_argument("--position_mode", type=str, default="auto", help="auto, compact or keep")
@@ -72,9 +77,10 @@ def config_from_flags(args: argparse.Namespace) -> ApetConfig:
     Raises:
         ValueError: As `ApetConfig`, or a list that is not a literal.
     """
+    method, options = parse_method(args.method)
     ratio = None if args.image_token_ratio in (None, 1.0) else args.image_token_ratio
     # The flag's default means "all tokens"; the method "none" takes no budget at all.
-    whole = ratio is not None or (args.method == "none" and args.visual_token_num == ALL_TOKENS)
+    whole = ratio is not None or (method == "none" and args.visual_token_num == ALL_TOKENS)
     return ApetConfig(
         visual_token_num=None if whole else args.visual_token_num,
         image_token_ratio=ratio,
@@ -82,7 +88,8 @@ def config_from_flags(args: argparse.Namespace) -> ApetConfig:
         image_token_list=parse_list(args.image_token_list, "--image_token_list"),
         image_token_ratio_list=parse_list(args.image_token_ratio_list, "--image_token_ratio_list"),
         basis_token_num=args.basis_token_num,
-        method=args.method,
+        method=method,
+        method_options=options,
         basis_selection=args.basis_selection,
         fps_start=_fps_start(args.fps_start),
         position_mode=args.position_mode,

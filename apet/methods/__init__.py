@@ -36,6 +36,7 @@ from apet.methods.base import (
     selector,
     token_sizes,
 )
+from apet.methods.variant import parse_method
 
 __all__ = [
     "INPUTS",
@@ -57,6 +58,7 @@ __all__ = [
     "mmtok",
     "none",
     "norm",
+    "parse_method",
     "prumerge_plus",
     "pyramiddrop",
     "random",

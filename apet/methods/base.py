@@ -185,14 +185,14 @@ def selector(
         preset: The family's settings for the stage.
         layer: Decoder layers that run before the stage.
         num_layers: Decoder layers of the model.
-        options: Hyper-parameters that differ from the published ones.
+        options: Hyper-parameters that differ from those of the configuration.
         available: Names of the inputs (`INPUTS`) the model can provide; None to find out when they are asked for.
 
     Raises:
         ValueError: Unknown method or option, a method that cannot run at this stage, or one that needs what the model
             cannot provide.
     """
-    method = get_method(config.method, **(options or {}))
+    method = get_method(config.method, **{**config.method_options, **(options or {})})
     if stage not in method.stages:
         runs = f"it runs at: {', '.join(method.stages)}" if method.stages else "it keeps every token"
         raise ValueError(f"method {method.name!r} has no {stage} stage ({runs}); leave that stage out of the budgets")

@@ -1,0 +1,57 @@
+"""Methods with options as text: ``apet_plus`` or ``apet_plus:quota=0,similarity_floor=none``."""
+
+import typing
+from typing import Any
+
+from apet.methods.base import get_method
+
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+def parse_method(text: str) -> tuple[str, dict[str, Any]]:
+    """Name and options of a method, checked.
+
+    Options are the fields of the method's class. Values are true, false, none, numbers or words; false switches a
+    number off, as 0 does.
+
+    Raises:
+        ValueError: An unknown method or option, or a value that its field cannot have.
+    """
+    name, _, rest = text.partition(":")
+    types = typing.get_type_hints(type(get_method(name)))
+    options = {}
+    for word in filter(None, rest.split(",")):
+        field, equals, value = (part.strip() for part in word.partition("="))
+        if not equals:
+            raise ValueError(f"method {text!r}: {word!r} sets no option; write {name}:option=value,option=value")
+        if field in options:
+            raise ValueError(f"method {text!r} sets {field} twice")
+        options[field] = _value(value)
+        if field in types:
+            options[field] = _checked(text, field, options[field], types[field])
+    get_method(name, **options)
+    return name, options
+
+
+def _value(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _checked(text: str, field: str, value: Any, hint: Any) -> Any:
+    """The value as its field's type."""
+    allowed = typing.get_args(hint) or (hint,)
+    if type(value) in allowed:
+        return value
+    if value is False and (int in allowed or float in allowed):
+        return 0
+    if type(value) is int and float in allowed:
+        return float(value)
+    names = " or ".join("none" if kind is type(None) else kind.__name__ for kind in allowed)
+    raise ValueError(f"method {text!r}: {field} is {value!r}, expected {names}")
