@@ -45,6 +45,7 @@ LAYERS = (
     Layer("apet.compare", ("apet",), ("torch", "transformers", "numpy", "tqdm", "matplotlib")),
     Layer("apet.report", ("apet.eval",), ("matplotlib",)),
     Layer("apet.eval", (*LIBRARY, "apet.eval"), ("torch", "transformers", "PIL", "numpy", "tqdm", "shortuuid")),
+    Layer("apet.eval.endpoint"),
     Layer("apet.eval.metrics"),
     Layer("apet.eval.benchmarks", ("apet.eval.benchmarks", "apet.eval.metrics"), ("numpy", "pandas", "openpyxl")),
     Layer("llava", ("llava",), ("torch", "transformers")),  # the package file itself: re-exports
