@@ -6,6 +6,7 @@ serves images here. Positions go through the embeddings' precision, so each is s
 bfloat16 holds exactly.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from vllm.model_executor.models.qwen2_5_vl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import PromptReplacement
+from vllm.platforms import current_platform
 
 from apet.methods import selector
 from apet.methods.base import Selector
@@ -30,6 +32,24 @@ from apet.serving.settings import image_selector, served
 
 _BASE = 256
 _CHANNELS = 4  # time, height, width, and the extent of the whole picture
+
+
+def _ask_for_positions_on_cpu() -> None:
+    """Let vLLM's CPU backend ask for corrected positions, as its GPU backends do when they load a model."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    original = CPUModelRunner.load_model
+
+    @functools.wraps(original)
+    def load_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        self.is_multimodal_pruning_enabled |= isinstance(self.get_model(), ApetQwen2_5_VL)
+
+    CPUModelRunner.load_model = load_model
+
+
+if current_platform.is_cpu():
+    _ask_for_positions_on_cpu()
 
 
 class Info(CompressedInfo, Qwen2_5_VLProcessingInfo):
