@@ -1,0 +1,154 @@
+"""Time of selecting and merging alone: apet and other methods against the floor, and how it grows with the tokens.
+
+Beside every method stand random selection (the ceiling of any method), the formulas as published
+(`apet.bench.as_published`) and the floor: one read of the tokens, and the product of the dropped with the kept tokens.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from apet.bench.device import check_device, count_launches, default_dtype, graphed
+from apet.bench.memory import peak_bytes
+from apet.bench.output import table
+from apet.bench.shapes import AS_PUBLISHED, Shape, block, compressor, parse_methods
+from apet.bench.timing import Timing, fit_growth, ratio, time_in_turns
+from apet.methods import get_method
+
+_READ, _PRODUCT, _GRAPH = "read of the tokens", "similarity product", "apet, CUDA graph"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_SIZES = "2304,4096,8192,16384,32768,65536"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of this command."""
+    parser.add_argument("--shapes", default="1x576x1024:96,5x576x1024:192", help="BxNxD:K, separated by commas")
+    parser.add_argument("--methods", default="apet", help="beside random and as published; or all")
+    parser.add_argument("--scaling", nargs="?", const=_SIZES, help=f"numbers of tokens to time apet at ({_SIZES})")
+    parser.add_argument("--scaling_block", default="1x1024:320", help="the other numbers of --scaling: BxD:K")
+    parser.add_argument("--memory", help="shapes of which to measure the peak extra memory")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--warmup", type=int, default=3)
+
+
+@torch.inference_mode()
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, and return tables with the figures they were made of.
+
+    Raises:
+        ValueError: A flag that cannot be.
+    """
+    device = check_device(args.device)
+    dtype = _DTYPES[args.dtype] if args.dtype else default_dtype(device)
+    methods = list(dict.fromkeys(["apet", *parse_methods(args.methods), "random"]))
+    shapes = [Shape.parse(text) for text in args.shapes.split(",")]
+    sizes = parse_sizes(args.scaling) if args.scaling else []
+    measured = [Shape.parse(text) for text in args.memory.split(",")] if args.memory else []
+    scaled = [_scaling_shape(args.scaling_block, size) for size in sizes]
+    title = f"{device.type}, {str(dtype).removeprefix('torch.')}"
+
+    tables, figures = [], []
+    for shape in shapes:
+        figure, rows = _time_shape(shape, methods, device, dtype, args)
+        figures.append(figure)
+        columns = ["", "ms, median (p10..p90)", "as published / this", "this / floor", "launches", "syncs"]
+        tables.append(table(f"compress {shape}, {title}", columns, rows))
+    result: dict[str, Any] = {"shapes": figures}
+    if scaled:
+        result["scaling"], rows = _time_growth(scaled, device, dtype, args)
+        fit = result["scaling"]
+        name = f"compress, growth with N, {title}: exponent {fit['exponent']:.3f}, R^2 of a line {fit['r2']:.4f}"
+        tables.append(table(name, ["shape", "ms, median (p10..p90)", "us per token"], rows))
+    if measured:
+        result["memory"], rows = _measure_memory(measured, device, dtype)
+        tables.append(table(f"compress, peak extra memory, {title}", ["shape", "", "MiB", "times the input"], rows))
+    return {"tables": tables, **result}
+
+
+def floor_calls(tokens: Tensor, keep: int) -> dict[str, Callable[[], Tensor]]:
+    """What no selection with merging can do without: reading the tokens, and donors times receivers in float32."""
+    donors, receivers = tokens[:, keep:].float(), tokens[:, :keep].float().transpose(1, 2)
+    return {_READ: lambda: tokens.sum(-1), _PRODUCT: lambda: donors @ receivers}
+
+
+def parse_sizes(text: str) -> list[int]:
+    """Counts separated by commas.
+
+    Raises:
+        ValueError: Something else, or fewer than three.
+    """
+    words = [word.strip() for word in text.split(",")]
+    if len(words) < 3 or not all(word.isdecimal() for word in words):
+        raise ValueError(f"--scaling {text!r} must be three or more numbers of tokens, like {_SIZES}")
+    return [int(word) for word in words]
+
+
+def _scaling_shape(text: str, tokens: int) -> Shape:
+    batch, cross, rest = text.partition("x")
+    if not cross:
+        raise ValueError(f"--scaling_block {text!r} must be BxD:K, like 1x1024:320")
+    return Shape.parse(f"{batch}x{tokens}x{rest}")
+
+
+def _time_shape(shape: Shape, methods: list[str], device, dtype, args) -> tuple[dict[str, Any], list[list]]:
+    tokens = block(shape, device, dtype)
+    calls: dict[str, Callable[[], Any]] = {name: compressor(name, shape, tokens) for name in methods}
+    if device.type == "cuda":
+        calls[_GRAPH] = graphed(calls["apet"], device)
+    calls[AS_PUBLISHED] = compressor(AS_PUBLISHED, shape, tokens)
+    floor = floor_calls(tokens, shape.keep)
+    times = time_in_turns(calls | floor, device, repeats=args.repeats, warmup=args.warmup)
+    floor_times = [sum(pair) for pair in zip(*(times[name] for name in floor), strict=True)]
+    rows, entries = [], {}
+    for name, call in calls.items():
+        launches = count_launches(call, device)
+        faster, above = ratio(times[AS_PUBLISHED], times[name]), ratio(times[name], floor_times)
+        counts = [launches.kernels, launches.syncs] if launches else [None, None]
+        rows.append([_described(name), str(Timing.of(times[name])), str(faster), str(above), *counts])
+        entries[name] = {
+            "ms": Timing.of(times[name])._asdict(),
+            "as_published_over_this": faster._asdict(),
+            "over_floor": above._asdict(),
+            "launches": launches._asdict() if launches else None,
+        }
+    for name in floor:
+        rows.append([f"floor: {name}", str(Timing.of(times[name])), None, None, None, None])
+        entries[name] = {"ms": Timing.of(times[name])._asdict()}
+    return {"shape": str(shape), "calls": entries}, rows
+
+
+def _described(name: str) -> str:
+    """The name with the stage a method was run at, where it is not the vision stage."""
+    if name in (AS_PUBLISHED, _GRAPH):
+        return name
+    stage = get_method(name).stages[0]
+    return name if stage == "vision" else f"{name} (decoder stage)"
+
+
+def _time_growth(shapes: list[Shape], device, dtype, args) -> tuple[dict[str, Any], list[list]]:
+    rows, medians = [], []
+    for shape in shapes:
+        tokens = block(shape, device, dtype)
+        calls = {"apet": compressor("apet", shape, tokens)}
+        timing = Timing.of(time_in_turns(calls, device, repeats=args.repeats, warmup=args.warmup)["apet"])
+        medians.append(timing.median)
+        rows.append([str(shape), str(timing), f"{timing.median / shape.tokens * 1e3:.3g}"])
+    fit = fit_growth([shape.tokens for shape in shapes], medians)
+    points = [[shape.tokens, median] for shape, median in zip(shapes, medians, strict=True)]
+    return {"points": points, **fit._asdict()}, rows
+
+
+def _measure_memory(shapes: list[Shape], device, dtype) -> tuple[list[dict[str, Any]], list[list]]:
+    rows, figures = [], []
+    for shape in shapes:
+        size = shape.batch * shape.tokens * shape.dim * dtype.itemsize
+        for method in ("apet", AS_PUBLISHED):
+            peak = peak_bytes(shape, method, device, dtype)
+            rows.append([str(shape), method, f"{peak / 2**20:.1f}", f"{peak / size:.2f}"])
+            figures.append({"shape": str(shape), "method": method, "bytes": peak, "times_input": peak / size})
+    return figures, rows

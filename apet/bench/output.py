@@ -1,0 +1,67 @@
+"""What every measurement prints: tables for people, and the machine it ran on."""
+
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """A table as JSON types: cells are text, numbers, or None where there is nothing to say.
+
+    Raises:
+        ValueError: A row with more or fewer cells than columns.
+    """
+    for row in rows:
+        if len(row) != len(columns):
+            raise ValueError(f"table {title!r}: row {list(row)} has {len(row)} cells for {len(columns)} columns")
+    return {"title": title, "columns": list(columns), "rows": [list(row) for row in rows]}
+
+
+def markdown(tables: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> str:
+    """Tables in Markdown, above them the machine."""
+    parts = [", ".join(f"{name} {value}" for name, value in where.items() if value is not None)]
+    for one in tables:
+        lines = [f"**{one['title']}**", "", _line(one["columns"]), _line("---" for _ in one["columns"])]
+        lines += [_line(map(_cell, row)) for row in one["rows"]]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, without the name of the machine."""
+    gpu = torch.cuda.is_available()
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "GPU": torch.cuda.get_device_name() if gpu else None,
+        "CUDA": torch.version.cuda if gpu else None,
+        "CPU": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _line(cells) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"

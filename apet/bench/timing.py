@@ -1,0 +1,107 @@
+"""Time calls side by side: in turns, so that a drift of the machine hits all of them, with spread."""
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+# A measurement shorter than this repeats its call, so that the clock and the wait for the device do not count.
+_SHORTEST_MS = 1.0
+
+
+class Timing(NamedTuple):
+    """Median and spread of repeated measurements (milliseconds, or a ratio of them).
+
+    Attributes:
+        median: Of all repetitions.
+        p10: 10th percentile.
+        p90: 90th percentile.
+    """
+
+    median: float
+    p10: float
+    p90: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Timing":
+        """Summary of measurements."""
+        p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
+        return cls(median, p10, p90)
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.p10:.3g}..{self.p90:.3g})"
+
+
+def synchronize(device: str | torch.device) -> None:
+    """Wait for a CUDA device; nothing to wait for elsewhere."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_in_turns(
+    calls: Mapping[str, Callable[[], Any]], device: str | torch.device, *, repeats: int, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Milliseconds per call, `repeats` measurements of each, one round of all calls after another.
+
+    Every other round goes backwards, so that no call always follows the same one. The device is waited for before and
+    after each measurement.
+
+    Raises:
+        ValueError: Fewer than one repetition or warm-up round.
+    """
+    if repeats < 1 or warmup < 1:
+        raise ValueError(f"--repeats {repeats} and --warmup {warmup} must be at least 1")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    inner = dict.fromkeys(calls, 1)
+    names = list(calls)
+    for turn in range(warmup + repeats):
+        for name in names if turn % 2 == 0 else reversed(names):
+            spent = _measure(calls[name], inner[name], device)
+            if turn >= warmup:
+                times[name].append(spent)
+            elif turn == warmup - 1:
+                inner[name] = max(1, math.ceil(_SHORTEST_MS / max(spent, 1e-3)))
+    return times
+
+
+def _measure(call: Callable[[], Any], inner: int, device: str | torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(inner):
+        call()
+    synchronize(device)
+    return (time.perf_counter() - start) * 1e3 / inner
+
+
+def ratio(slow: Sequence[float], fast: Sequence[float]) -> Timing:
+    """Times of one call over those of another, round by round: a speed-up with its spread."""
+    return Timing.of([first / second for first, second in zip(slow, fast, strict=True)])
+
+
+class Fit(NamedTuple):
+    """How time grows with size.
+
+    Attributes:
+        exponent: Slope of log time over log size: 1 is linear.
+        r2: Share of the variance that a straight line through time over size explains.
+    """
+
+    exponent: float
+    r2: float
+
+
+def fit_growth(sizes: Sequence[int], times: Sequence[float]) -> Fit:
+    """Fit times over sizes.
+
+    Raises:
+        ValueError: Fewer than three sizes.
+    """
+    if len(sizes) < 3:
+        raise ValueError(f"a fit needs at least three sizes, got {list(sizes)}")
+    x, y = np.array(sizes, dtype=float), np.array(times, dtype=float)
+    exponent = np.polyfit(np.log(x), np.log(y), 1)[0]
+    residual = y - np.polyval(np.polyfit(x, y, 1), x)
+    return Fit(float(exponent), float(1 - residual.var() / y.var()))
