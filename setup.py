@@ -37,6 +37,11 @@ setup(
         "mmbench": MMBENCH,
         "quant": ["bitsandbytes>=0.45"],
         "flash": ["flash-attn>=2.6"],
+        "vllm": ["vllm>=0.32"],
+    },
+    entry_points={
+        "vllm.general_plugins": ["apet = apet.serving.plugin:register"],
+        "vllm.endpoint_plugins": ["apet = apet.serving.route:SettingsRoute"],
     },
     classifiers=[
         "Programming Language :: Python :: 3",

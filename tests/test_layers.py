@@ -43,8 +43,15 @@ LAYERS = (
     Layer("apet.vis", ("apet",), ("torch", "PIL", "numpy")),
     Layer("apet.bench", ("apet",), ("torch", "transformers", "numpy", "tqdm")),
     Layer("apet.compare", ("apet",), ("torch", "transformers", "numpy", "tqdm", "matplotlib")),
+    Layer(
+        "apet.serving",
+        (*MODEL_SIDE, "apet.serving", "apet.__version__"),
+        ("torch", "transformers", "numpy", "vllm", "fastapi"),
+    ),
+    Layer("apet.serving.settings", ("apet.config", "apet.methods", "apet.serving")),
     Layer("apet.report", ("apet.eval",), ("matplotlib",)),
     Layer("apet.eval", (*LIBRARY, "apet.eval"), ("torch", "transformers", "PIL", "numpy", "tqdm", "shortuuid")),
+    Layer("apet.eval.endpoint"),
     Layer("apet.eval.metrics"),
     Layer("apet.eval.benchmarks", ("apet.eval.benchmarks", "apet.eval.metrics"), ("numpy", "pandas", "openpyxl")),
     Layer("llava", ("llava",), ("torch", "transformers")),  # the package file itself: re-exports
@@ -56,6 +63,11 @@ LAYERS = (
         "llava.model",
         ("apet", "llava.constants", "llava.conversation", "llava.mm_utils", "llava.utils", "llava.model"),
         ("torch", "transformers", "accelerate", "safetensors", "sentencepiece", "peft", "PIL"),
+    ),
+    Layer(
+        "llava.model.hugging_face",
+        ("llava",),
+        ("torch", "transformers", "tokenizers", "huggingface_hub"),
     ),
     Layer("llava.eval", ("apet", "llava"), ("torch", "transformers", "PIL", "numpy", "tqdm", "shortuuid")),
     Layer("llava.serve", ("apet", "llava"), ("torch", "transformers", "PIL")),

@@ -18,7 +18,7 @@ class Answer:
 
     Attributes:
         text: Decoded and stripped.
-        new_tokens: Tokens generated, end token included.
+        new_tokens: Tokens generated, end token included; 0 if a server does not say.
         visual_tokens: Visual tokens averaged over the decoder layers; None if the model does not report them.
     """
 

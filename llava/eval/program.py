@@ -5,14 +5,18 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
+from apet.eval.answerer import Answerer
 from apet.eval.benchmarks import Benchmark, Question, get_benchmark
 from apet.eval.cli import add_compression_flags, add_data_flags, add_runner_flags, config_from_flags, run_options
+from apet.eval.endpoint import KEY_VARIABLE, Endpoint
 from apet.eval.run_record import RunRecord
 from apet.eval.runner import merge_ranks, rank_options, run
 from apet.eval.scoring_cli import Parser
+from apet.eval.server import ServerAnswerer
 from llava.conversation import new_conversation, plain_conv_mode
 from llava.eval.answerer import GenerationSettings, LlavaAnswerer, LlavaPreparer
 from llava.mm_utils import get_model_name_from_path
@@ -48,7 +52,22 @@ def question_parser(program: str, description: str, question_file: str, conv_mod
     parser.add_argument("--benchmark", type=str, default="vqa", help="how questions are read and answers written")
     add_runner_flags(parser)
     add_compression_flags(parser)
+    add_server_flags(parser)
     return parser
+
+
+def add_server_flags(parser: Parser) -> None:
+    """A server that answers in place of a model in this process."""
+    group = parser.add_argument_group("server")
+    group.add_argument(
+        "--server",
+        type=str,
+        default=None,
+        metavar="URL",
+        help=f"ask an OpenAI-compatible server; its key, if it wants one, is read from {KEY_VARIABLE}",
+    )
+    group.add_argument("--server_model", type=str, default=None, help="which of its models, if it serves several")
+    group.add_argument("--concurrency", type=int, default=8, help="requests under way at a time")
 
 
 def main(parser: Parser, argv: list[str] | None, read: Callable[..., list[Question]] | None = None) -> int:
@@ -64,7 +83,7 @@ def main(parser: Parser, argv: list[str] | None, read: Callable[..., list[Questi
     for noisy in ("transformers", "httpx", "accelerate", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
-        return _answer(args, read)
+        return _answer(parser, args, read)
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
@@ -107,20 +126,52 @@ def load_model(args: argparse.Namespace) -> tuple:
     return tokenizer, model, image_processor
 
 
-def _answer(args: argparse.Namespace, read: Callable[..., list[Question]] | None) -> int:
+def _answer(parser: Parser, args: argparse.Namespace, read: Callable[..., list[Question]] | None) -> int:
     config_from_flags(args)
     wanted = run_options(args)
+    if args.server is not None:
+        _refuse_local_flags(parser, args)
+        # The server forms its own batches; ours only keep it busy: while the last answers of one come, others wait.
+        wanted = replace(wanted, batch_size=4 * args.concurrency)
     options = rank_options(wanted, args.chunks_given)
     benchmark: Benchmark = get_benchmark(args.benchmark)
     questions = benchmark.read(args.question_file) if read is None else read(benchmark, args)
-    conv_mode = plain_conv_mode(get_model_name_from_path(args.model_path), args.conv_mode)
-    new_conversation(conv_mode)
-    answerer = load_answerer(args, conv_mode)
+    answerer = _local_answerer(args) if args.server is None else _server_answerer(args)
     torch.manual_seed(args.seed)
     record = run(benchmark, answerer, options, questions)
     merge_ranks(options, wanted.answers_file)
     _print_summary(record, wanted.answers_file)
     return 0
+
+
+def _local_answerer(args: argparse.Namespace) -> Answerer:
+    conv_mode = plain_conv_mode(get_model_name_from_path(args.model_path), args.conv_mode)
+    new_conversation(conv_mode)
+    return load_answerer(args, conv_mode)
+
+
+def _server_answerer(args: argparse.Namespace) -> Answerer:
+    generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
+    decoding = {"temperature": generation.temperature, "max_tokens": generation.max_new_tokens}
+    if generation.temperature > 0:
+        decoding["seed"] = args.seed
+        if generation.top_p is not None:
+            decoding["top_p"] = generation.top_p
+    return ServerAnswerer(Endpoint(args.server, concurrency=args.concurrency), decoding, args.server_model)
+
+
+def _refuse_local_flags(parser: Parser, args: argparse.Namespace) -> None:
+    """Raise ValueError for flags about a model in this process: a server would not hear of them."""
+    local, shared = Parser(add_help=False), ("seed", "llm_pruning")
+    add_model_flags(local)
+    add_compression_flags(local)
+    names = [name for name in vars(local.parse_args([])) if name not in shared] + ["conv_mode", "num_beams", "batch_size"]
+    given = [name for name in names if getattr(args, name) != parser.get_default(name)]
+    if given:
+        raise ValueError(
+            f"--{given[0]} is for a model in this process; with --server leave it out: the model, its chat template "
+            "and its compression are chosen where the server is started (scripts/serve.sh)"
+        )
 
 
 def _default_device() -> str:

@@ -1,0 +1,27 @@
+"""What the models' multimodal processors share in vLLM: settings in the processing info, settings in the cache keys."""
+
+from typing import Any
+
+from apet.config import ApetConfig
+from apet.serving.plugin import settings_of
+from apet.serving.settings import cache_key
+
+
+class CompressedInfo:
+    """Mix-in for a processing info: knows the settings."""
+
+    @property
+    def apet_config(self) -> ApetConfig:
+        """The settings of the engine."""
+        return settings_of(self.ctx.get_hf_config())
+
+
+class KeyedProcessor:
+    """Mix-in for a multimodal processor: cached images are told apart by their settings, client-named ones too."""
+
+    def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
+        key = cache_key(self.info.apet_config)
+        return {
+            modality: [f"{one}-apet-{key}" for one in hashes]
+            for modality, hashes in super()._get_mm_hashes(inputs).items()
+        }
