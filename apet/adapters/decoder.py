@@ -334,14 +334,17 @@ class DecoderPatch:
             result = rules[members[0]].select(block, counts[members[0]])
             if result.indices.shape[1] >= block.shape[1]:
                 continue  # with the basis appended there would be no fewer rows than before
-            simple = [_is_simple(units[member], candidates[member]) for member in members]
+            adaptive = rules[members[0]].select.adaptive
+            simple = [not adaptive and _is_simple(units[member], candidates[member]) for member in members]
             known = None if all(simple) else result.indices.cpu().numpy()
             for position, member in enumerate(members):
                 tokens, indices = result.tokens[position], result.indices[position]
                 if simple[position]:
                     choices[member] = _Choice(len(indices), indices, tokens, np.arange(len(indices)))
                 else:
-                    choices[member] = _method_choice(tokens, known[position], units[member], candidates[member])
+                    real = known[position] >= 0
+                    tokens, chosen = tokens[: real.sum()], known[position][real]
+                    choices[member] = _method_choice(tokens, chosen, units[member], candidates[member])
         return choices
 
     def _open_group(self, call: _Call, stage: Stage, source: Tensor, device: torch.device) -> None:

@@ -27,9 +27,11 @@ class Select(Protocol):
 
     Attributes:
         features: Where a vision stage reads tokens: "pre_projector" or "post_projector".
+        adaptive: Whether a block may get fewer rows than asked for; missing ones have index -1 and stand last.
     """
 
     features: str
+    adaptive: bool
 
     def __call__(self, tokens: Tensor, keep: int, *, grid: tuple[int, int] | None = None) -> CompressedTokens:
         """Reduce blocks (B, N, D) to `keep` rows; `grid` is (rows, columns) of a full raster."""
@@ -249,12 +251,16 @@ class VisionStage:
             members = rows.flatten().tolist()
             count = sizes[members[0]]
             block = features[rows, places]
+            rows_kept = [count] * len(members)
             if count < places.shape[1]:
                 result = self._select(block, count, grid=_grid(places.shape[1], features.shape[1]))
-                block, places = result.tokens, places.gather(1, result.indices)
+                block, places = result.tokens, places.gather(1, result.indices.clamp(min=0))
+                if self._select.adaptive:
+                    rows_kept = (result.indices >= 0).sum(1).tolist()
             kept_rows[members, :count] = block
             for position, crop in enumerate(members):
-                kept[crop] = places[position]
+                kept[crop] = places[position, : rows_kept[position]]
+        kept_rows = kept_rows[:, : max(map(len, kept))]
         self._local.rows, self._local.length = kept, features.shape[1]
         first = np.cumsum([0, *(layout.crops for layout in layouts)])
         self._local.records = tuple(

@@ -9,7 +9,7 @@ from apet.config import ApetConfig, parse_list
 from apet.eval.batches import AUTO, CPU_BATCH_SIZE
 from apet.eval.run_options import RunOptions
 from apet.eval.scoring_cli import Parser
-from apet.methods import method_names, parse_method
+from apet.methods import get_method, method_names, parse_method
 
 # Tokens of an image in LLaVA-1.5: as a budget it keeps everything.
 ALL_TOKENS = 576
@@ -60,6 +60,12 @@ def add_compression_flags(parser: Parser) -> None:
         default="apet",
         help=f"with options as name:option=value,...; one of: {', '.join(method_names())}",
     )
+    group.add_argument(
+        "--error_target",
+        type=float,
+        default=None,
+        help="apet_plus: fewer tokens than the budget, down to this share of the energy left unexplained",
+    )
     group.add_argument("--basis_selection", type=str, default="fps", help="fps, dpc or random")
     group.add_argument("--fps_start", type=str, default="farthest", help="farthest, first, or a token index")
     group.add_argument("--position_mode", type=str, default="auto", help="auto, compact or keep")
@@ -78,6 +84,9 @@ def config_from_flags(args: argparse.Namespace) -> ApetConfig:
         ValueError: As `ApetConfig`, or a list that is not a literal.
     """
     method, options = parse_method(args.method)
+    if args.error_target is not None:
+        options["error_target"] = args.error_target
+        get_method(method, **options)
     ratio = None if args.image_token_ratio in (None, 1.0) else args.image_token_ratio
     # The flag's default means "all tokens"; the method "none" takes no budget at all.
     whole = ratio is not None or (method == "none" and args.visual_token_num == ALL_TOKENS)

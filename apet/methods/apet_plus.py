@@ -97,6 +97,11 @@ class ApetPlus(Method):
         """Text can be compared with tokens behind the projector only."""
         return "post_projector" if self.text else "pre_projector"
 
+    @property
+    def adaptive(self) -> bool:
+        """With an error target."""
+        return self.error_target is not None
+
     def needs(self, stage: str) -> dict[str, tuple[int, ...]]:
         if not self.text:
             return {}

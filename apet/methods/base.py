@@ -54,6 +54,11 @@ class Method:
     needs_text_keys: ClassVar[tuple[int, ...]] = ()
     needs_final_norm: ClassVar[bool] = False
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether a block may get fewer rows than its budget; what is missing then has index -1 and stands last."""
+        return False
+
     def select(self, tokens: Tensor, keep: int, context: StageContext) -> CompressedTokens:
         """Reduce blocks (B, N, D) to exactly `keep` rows each, 1 <= keep < N, `indices` ascending."""
         raise NotImplementedError
@@ -151,6 +156,11 @@ class Selector:
     def features(self) -> str:
         """Where the vision stage must take its tokens: "pre_projector" or "post_projector"."""
         return self.method.features
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether blocks may get fewer rows than asked for."""
+        return self.method.adaptive
 
     def __call__(
         self,

@@ -165,7 +165,11 @@ def _refuse_local_flags(parser: Parser, args: argparse.Namespace) -> None:
     local, shared = Parser(add_help=False), ("seed", "llm_pruning")
     add_model_flags(local)
     add_compression_flags(local)
-    names = [name for name in vars(local.parse_args([])) if name not in shared] + ["conv_mode", "num_beams", "batch_size"]
+    names = [name for name in vars(local.parse_args([])) if name not in shared] + [
+        "conv_mode",
+        "num_beams",
+        "batch_size",
+    ]
     given = [name for name in names if getattr(args, name) != parser.get_default(name)]
     if given:
         raise ValueError(

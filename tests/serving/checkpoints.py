@@ -44,7 +44,9 @@ def write_qwen(folder: Path) -> Path:
     # vLLM normalises on the device with the numbers of the file.
     colours = {"do_normalize": True, "image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
     patches = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, **colours}
-    _json(folder / "preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor", "size": size, **patches})
+    _json(
+        folder / "preprocessor_config.json", {"image_processor_type": "Qwen2VLImageProcessor", "size": size, **patches}
+    )
     _json(
         folder / "video_preprocessor_config.json",
         {"video_processor_type": "Qwen2VLVideoProcessor", "size": size, "do_sample_frames": False, **patches},
