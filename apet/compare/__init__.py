@@ -4,7 +4,7 @@ One model load; every (benchmark, method, budget, seed) is answered, recorded an
 finished one is never run again. Then one table with paired bootstrap intervals, and one picture. What the numbers mean
 and how they are computed: docs/compare.md. The modules, in the order in which they are used:
 
-    loader     finds the package that loads checkpoints; this one never imports it
+    (the package that loads checkpoints is found by apet.eval.loader; this one never imports it)
     plan       which cells there are: methods x budgets x seeds, and which are skipped for what reason
     tasks      a benchmark's files, also of its first N questions, and its scorer
     execute    answers and scores cells, resumably

@@ -8,13 +8,13 @@ from types import ModuleType
 
 from apet.compare.difficulty import CHEAP, split_by_difficulty
 from apet.compare.execute import Place, execute
-from apet.compare.loader import LoadedModel, add_loader_flag, run_program
 from apet.compare.plan import parse_budgets, parse_methods, parse_names, plan_cells
 from apet.compare.plot import check_matplotlib, write_png
 from apet.compare.results import rows_of
 from apet.compare.table import has_random_weights, markdown, write_csv
 from apet.compare.tasks import open_task
 from apet.eval.benchmarks.files import write_text_atomic
+from apet.eval.loader import LoadedModel, add_loader_flag, run_program
 from apet.eval.scoring_cli import Parser
 
 
@@ -31,7 +31,9 @@ def parser(loader: ModuleType | None = None) -> Parser:
     flags.add_argument("--out", default="runs/compare", help="answers, records, scores, table and picture go here")
     flags.add_argument("--limit", type=int, default=None, help="only the first so many questions of each benchmark")
     flags.add_argument("--batch_size", type=int, default=1, help="questions per batch; answers do not depend on it")
-    flags.add_argument("--num_workers", type=int, default=4, help="processes that open images; 0 for none")
+    flags.add_argument(
+        "--num_workers", type=int, default=0, help="processes that open pictures; most are opened only once"
+    )
     flags.add_argument(
         "--difficulty", action="store_true", help="report apart what average pooling to the same budget answers too"
     )

@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 
-from apet.compare.loader import LoadedModel
 from apet.compare.plan import UNCOMPRESSED, Cell, Skip
 from apet.compare.tasks import Task
 from apet.eval.answerer import Answerer
 from apet.eval.benchmarks import get_benchmark
 from apet.eval.benchmarks.files import read_json
-from apet.eval.images import ImageError, open_images
+from apet.eval.loader import LoadedModel
 from apet.eval.run_record import RunRecord
 from apet.eval.runner import RunOptions, run
 
@@ -71,7 +70,7 @@ def execute(
     for cell in cells:
         try:
             # A list of its own: a cell counts only if it ran on every benchmark.
-            finished += list(_run_cell(loaded.answerer(cell.config), cell, tasks, place))
+            finished += list(_run_cell(loaded, cell, tasks, place))
         except (ValueError, NotImplementedError) as error:
             if cell.method == UNCOMPRESSED or isinstance(error, _OtherSettings):
                 raise
@@ -84,19 +83,18 @@ class _OtherSettings(ValueError):
     """A run below --out that was made with other settings."""
 
 
-def _run_cell(answerer: Answerer, cell: Cell, tasks: Iterable[Task], place: Place) -> Iterable[Finished]:
-    for number, task in enumerate(tasks):
+def _run_cell(loaded: LoadedModel, cell: Cell, tasks: Iterable[Task], place: Place) -> Iterable[Finished]:
+    answerer = loaded.answerer(cell.config, share_tower=True)
+    for task in tasks:
         answers = place.answers(task, cell)
         options = RunOptions(
             str(task.question_file), str(answers), str(task.image_folder),
             batch_size=place.batch_size, num_workers=place.num_workers, resume=True,
         )  # fmt: skip
         if not _is_finished(answerer, options):
-            if cell.method == UNCOMPRESSED and number == 0:
-                _warm_up(answerer, task, place.batch_size)
             logger.info("%s: %s", task.name, cell.name)
             torch.manual_seed(cell.config.seed)
-            run(get_benchmark(task.benchmark), answerer, options, list(task.questions))
+            run(get_benchmark(task.benchmark), answerer, options, list(task.questions), loaded.prompt_length)
         score = answers.with_suffix(".score.json")
         if not score.is_file() or score.stat().st_mtime < answers.stat().st_mtime:
             task.score(answers).write(score)
@@ -119,13 +117,3 @@ def _is_finished(answerer: Answerer, options: RunOptions) -> bool:
         there, now = ({key: settings.get(key) for key in changed} for settings in (record["settings"], wanted))
         raise _OtherSettings(f"{path} was made with {there}, now it would be {now}; give another --out")
     return record["status"] == "complete"
-
-
-def _warm_up(answerer: Answerer, task: Task, batch_size: int) -> None:
-    """Answer one batch for nothing: the first call of a model costs more than the others and would be `none`'s."""
-    batch = task.questions[:batch_size]
-    try:
-        opened = [open_images(question, str(task.image_folder)) for question in batch]
-    except ImageError:
-        return  # the runner will say which, and what to do
-    answerer.answer([answerer.preparer.prepare(*pair) for pair in zip(batch, opened, strict=True)])

@@ -31,7 +31,11 @@ class Preparer(Protocol):
     """CPU side of a model family. Instances are sent to worker processes, so they must be picklable."""
 
     def prepare(self, question: Question, images: Sequence[Image]) -> Any:
-        """Turn a question and its opened images (none, or one) into what `Answerer.answer` takes."""
+        """Turn a question and its images (none, or one) into what `Answerer.answer` takes.
+
+        Raises:
+            ImageError: Where the images are opened on demand (`apet.eval.images.Pictures`) and one cannot be.
+        """
 
 
 class Answerer(Protocol):

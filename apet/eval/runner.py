@@ -25,7 +25,7 @@ from apet.eval.answerer import Answer, Answerer, Preparer, Uploader
 from apet.eval.batches import Batch, BatchSize, ahead, batches
 from apet.eval.benchmarks import Benchmark, Question
 from apet.eval.benchmarks.files import write_text_atomic
-from apet.eval.images import ImageError, open_images
+from apet.eval.images import ImageError, Pictures
 from apet.eval.run_options import RunOptions
 from apet.eval.run_record import RunRecord
 
@@ -37,7 +37,18 @@ def split_balanced(items: Sequence, num_chunks: int) -> list[Sequence]:
     return [items[start:end] for start, end in zip(starts, starts[1:], strict=False)]
 
 
-def run(benchmark: Benchmark, answerer: Answerer, options: RunOptions, questions: list[Question]) -> RunRecord:
+def characters(question: Question) -> int:
+    """Length of a prompt, as far as it is known without a tokenizer."""
+    return len(question.prompt)
+
+
+def run(
+    benchmark: Benchmark,
+    answerer: Answerer,
+    options: RunOptions,
+    questions: list[Question],
+    length: Callable[[Question], int] = characters,
+) -> RunRecord:
     """Answer the questions of this shard and write them to `options.answers_file`.
 
     Args:
@@ -45,6 +56,7 @@ def run(benchmark: Benchmark, answerer: Answerer, options: RunOptions, questions
         answerer: Knows the model.
         options: How to run.
         questions: All questions of the file, as `benchmark.read` gives them.
+        length: By what questions are sorted into batches, so that little is padded.
 
     Returns:
         The finished record, as written beside the answers (`X.jsonl` -> `X.run.json`).
@@ -60,7 +72,7 @@ def run(benchmark: Benchmark, answerer: Answerer, options: RunOptions, questions
     done = answers.open(shard, record, options.resume)
     todo = [index for index in range(len(shard)) if index not in done]
     try:
-        _answer_all(benchmark, answerer, options, shard, todo, answers, record)
+        _answer_all(benchmark, answerer, options, shard, todo, length, answers, record)
     finally:
         answers.close()
         record.save()
@@ -76,12 +88,13 @@ def _answer_all(
     options: RunOptions,
     shard: Sequence[Question],
     todo: list[int],
+    length: Callable[[Question], int],
     answers: "AnswersFile",
     record: RunRecord,
 ) -> None:
     size = BatchSize(options.batch_size, answerer.device)
     load = answerer.load if isinstance(answerer, Uploader) else list
-    prepared = _loader(shard, todo, answerer.preparer, options, size)
+    prepared = _loader(shard, _sorted(shard, todo, length, size), answerer.preparer, options, size)
 
     def write(batch: Batch, texts: list[Answer], seconds: float) -> None:
         for (index, _), answer in zip(batch.ready, texts, strict=True):
@@ -180,15 +193,27 @@ def _report_failure(question: Question, problem: ImageError, options: RunOptions
     record.failures.append({"question_id": question.question_id, "image": question.image, "error": str(problem)})
 
 
-def _loader(
-    shard: Sequence[Question], todo: list[int], preparer: Preparer, options: RunOptions, size: BatchSize
-) -> DataLoader:
-    """(index, prepared question or ImageError), one by one, prompts of similar length together.
+def _sorted(
+    shard: Sequence[Question], todo: list[int], length: Callable[[Question], int], size: BatchSize
+) -> list[int]:
+    """Prompts of similar length together; an image is longer than any text.
 
     The longest come first: whether batches fit into memory shows at once.
     """
-    alone = not size.auto and size.now == 1
-    order = todo if alone else sorted(todo, key=lambda index: _length(shard[index]), reverse=True)
+    if not size.auto and size.now == 1:
+        return todo
+
+    def place(index: int) -> tuple[bool, int]:
+        question = shard[index]
+        return question.image is not None or question.image_base64 is not None, length(question)
+
+    return sorted(todo, key=place, reverse=True)
+
+
+def _loader(
+    shard: Sequence[Question], order: list[int], preparer: Preparer, options: RunOptions, size: BatchSize
+) -> DataLoader:
+    """(index, prepared question or ImageError), one by one."""
     workers = min(options.num_workers, len(order))
     # Enough in flight to fill the next batch while one is answered.
     each = max(2, -(-2 * size.now // workers)) if workers else None
@@ -196,11 +221,6 @@ def _loader(
         _Prepared(shard, preparer, options.image_folder), batch_size=None, sampler=order, collate_fn=_as_it_is,
         num_workers=workers, prefetch_factor=each,
     )  # fmt: skip
-
-
-def _length(question: Question) -> tuple[bool, int]:
-    """Sorts prompts by their length: an image is longer than any text."""
-    return question.image is not None or question.image_base64 is not None, len(question.prompt)
 
 
 def _as_it_is(item: Any) -> Any:
@@ -216,10 +236,9 @@ class _Prepared(Dataset):
     def __getitem__(self, index: int) -> tuple[int, Any]:
         question = self._questions[index]
         try:
-            images = open_images(question, self._folder)
+            return index, self._preparer.prepare(question, Pictures(question, self._folder))
         except ImageError as error:
             return index, error
-        return index, self._preparer.prepare(question, images)
 
 
 def _key(row: dict[str, Any]) -> str:

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 
 import apet
-from apet.compare.loader import LoadedModel, add_loader_flag, run_program
 from apet.compare.plan import parse_methods
 from apet.config import ApetConfig
 from apet.eval.benchmarks import Question
 from apet.eval.benchmarks.files import replacing
 from apet.eval.cli import add_compression_flags, config_from_flags
 from apet.eval.images import ImageError, open_images
+from apet.eval.loader import LoadedModel, add_loader_flag, run_program
 from apet.eval.scoring_cli import Parser
 from apet.methods import get_method
 from apet.vis.draw import draw

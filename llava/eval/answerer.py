@@ -1,7 +1,7 @@
 """LLaVA behind the runner: vicuna-style prompts, LLaVA's image preparation, batched generation."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,8 +11,10 @@ from torch import Tensor
 import apet
 from apet.eval.answerer import Answer
 from apet.eval.benchmarks import Question
+from apet.eval.images import Pictures
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import new_conversation
+from llava.eval.tower_features import TowerFeatures
 from llava.mm_utils import process_images, tokenizer_image_token
 
 
@@ -22,13 +24,20 @@ class PreparedQuestion:
 
     Attributes:
         input_ids: (L,) int64 with -200 for the image.
-        pixels: (3, H, W) or (crops, 3, H, W), None without an image.
-        image_size: Original (width, height), None without an image.
+        pixels: (3, H, W) or (crops, 3, H, W); None without an image, or where its features are known.
+        image_size: Original (width, height), None without pixels.
+        path: The image file, None if there is none.
     """
 
     input_ids: Tensor
     pixels: Tensor | None
     image_size: tuple[int, int] | None
+    path: str | None = None
+
+    @property
+    def has_image(self) -> bool:
+        """Whether the prompt shows an image."""
+        return self.pixels is not None or self.path is not None
 
 
 @dataclass(frozen=True)
@@ -40,12 +49,14 @@ class LlavaPreparer:
         image_processor: Image processor of the vision tower.
         config: Model config (`image_aspect_ratio`, `mm_use_im_start_end`, ...).
         conv_mode: Key of `llava.conversation.conv_templates`.
+        known: Image files that need not be opened, because the answerer has their features.
     """
 
     tokenizer: Any
     image_processor: Any
     config: Any
     conv_mode: str
+    known: Container[str] = frozenset()
 
     def render(self, question: Question) -> str:
         """The prompt text, one user turn and an open assistant turn."""
@@ -62,11 +73,18 @@ class LlavaPreparer:
 
     def prepare(self, question: Question, images: Sequence[Image]) -> PreparedQuestion:
         """Ids and pixels of a question."""
-        ids = tokenizer_image_token(self.render(question), self.tokenizer, return_tensors="pt")
+        ids = self.input_ids(question)
         if not images:
             return PreparedQuestion(ids, None, None)
+        path = images.path if isinstance(images, Pictures) else None
+        if path in self.known:
+            return PreparedQuestion(ids, None, None, path)
         pixels = process_images(list(images), self.image_processor, self.config)[0]
-        return PreparedQuestion(ids, pixels, images[0].size)
+        return PreparedQuestion(ids, pixels, images[0].size, path)
+
+    def input_ids(self, question: Question) -> Tensor:
+        """(L,) int64 ids of the prompt, -200 for the image."""
+        return tokenizer_image_token(self.render(question), self.tokenizer, return_tensors="pt")
 
 
 @dataclass(frozen=True)
@@ -101,6 +119,8 @@ class LlavaAnswerer:
         config: Compression.
         model_id: Name in the answer lines.
         model_path: Checkpoint, for the record.
+        features: Where to look up what the vision tower gives for an image; None to run it for every question.
+        new_tokens: For measurements: every answer has exactly so many tokens.
     """
 
     def __init__(
@@ -111,34 +131,41 @@ class LlavaAnswerer:
         config: apet.ApetConfig,
         model_id: str,
         model_path: str,
+        features: TowerFeatures | None = None,
+        new_tokens: int | None = None,
     ) -> None:
         self.model = apet.apply_patch(model, config)
-        self.preparer = preparer
+        self.preparer = preparer if features is None else replace(preparer, known=features.known)
         self.model_id = model_id
         self.device = str(model.device)
-        self._generation, self._config, self._path = generation, config, model_path
+        self._generation, self._config, self._path, self._features = generation, config, model_path, features
+        exactly = {} if new_tokens is None else {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+        self._generate = generation.kwargs() | exactly
 
     def load(self, prepared: Sequence[PreparedQuestion]) -> "LoadedQuestions":
         """A batch on its way to the device: on a GPU from pinned memory, in a stream of its own."""
         ids, mask = _left_pad([one.input_ids for one in prepared], self._pad_id)
-        pixels, sizes = self._pixels(prepared)
         upload = Upload(self.model.device)
+        has_image = tuple(one.has_image for one in prepared)
+        if self._features is not None and any(has_image):
+            return LoadedQuestions(upload(ids), upload(mask), None, None, has_image, upload, tuple(prepared))
+        pixels, sizes = self._pixels(prepared)
         images = [upload(one, self.model.dtype) for one in pixels] if isinstance(pixels, list) else pixels
         if isinstance(images, Tensor):
             images = upload(images, self.model.dtype)
-        has_image = tuple(one.pixels is not None for one in prepared)
         return LoadedQuestions(upload(ids), upload(mask), images, sizes, has_image, upload)
 
     def answer(self, prepared: "Sequence[PreparedQuestion] | LoadedQuestions") -> list[Answer]:
         """Answers of a batch of prepared questions, or of what `load` made of them."""
         loaded = prepared if isinstance(prepared, LoadedQuestions) else self.load(prepared)
         loaded.upload.finish()
+        images = self._features.encode(self.model, loaded.looked_up) if loaded.looked_up else loaded.images
         output = self.model.generate(
             loaded.input_ids,
             attention_mask=loaded.attention_mask,
-            images=loaded.images,
+            images=images,
             image_sizes=loaded.image_sizes,
-            **self._generation.kwargs(),
+            **self._generate,
         )
         new_ids = [self._until_end(row) for row in output.tolist()]
         texts = self.preparer.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
@@ -225,6 +252,7 @@ class LoadedQuestions:
         image_sizes: (width, height) per row, or None.
         has_image: Which rows have an image of their own.
         upload: The copies under way.
+        looked_up: Questions whose images are encoded, or their features looked up, when they are answered.
     """
 
     input_ids: Tensor
@@ -233,6 +261,7 @@ class LoadedQuestions:
     image_sizes: list[tuple[int, int]] | None
     has_image: tuple[bool, ...]
     upload: Upload
+    looked_up: tuple[PreparedQuestion, ...] = ()
 
 
 def _left_pad(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -1,20 +1,27 @@
 """LLaVA checkpoints for the programs of `apet` that run whole models (`apet.compare`, `apet.vis`).
 
-They look for this module by its name; it holds what `apet.compare.loader` documents.
+They look for this module by its name; it holds what `apet.eval.loader` documents.
 """
 
 import argparse
 import logging
+from dataclasses import replace
 
 import numpy as np
 from torch import nn
 
 import apet
+from apet.eval.benchmarks import Question
 from apet.eval.scoring_cli import Parser
+from apet.methods import get_method
 from llava.conversation import new_conversation, plain_conv_mode
 from llava.eval.answerer import GenerationSettings, LlavaAnswerer, LlavaPreparer, PreparedQuestion
 from llava.eval.program import add_model_flags, load_model
+from llava.eval.tower_features import TowerFeatures
 from llava.mm_utils import get_model_name_from_path
+
+# What a method's vision stage may ask for without a look into the tower.
+_BEHIND_TOWER = {"text_embeddings"}
 
 
 def add_flags(parser: Parser) -> None:
@@ -60,10 +67,22 @@ class LoadedLlava:
         self.model_id = get_model_name_from_path(model_path)
         self.layers = model.config.text_config.num_hidden_layers
         self._preparer, self._generation, self._path = preparer, generation, model_path
+        self._features = TowerFeatures()
 
-    def answerer(self, config: apet.ApetConfig) -> LlavaAnswerer:
+    def answerer(
+        self, config: apet.ApetConfig, *, share_tower: bool = False, max_new_tokens: int | None = None
+    ) -> LlavaAnswerer:
         """The model with this compression."""
-        return LlavaAnswerer(self.model, self._preparer, self._generation, config, self.model_id, self._path)
+        inside = get_method(config.method).needs("vision").keys() - _BEHIND_TOWER
+        features = self._features if share_tower and not inside else None
+        generation = self._generation
+        if max_new_tokens is not None:
+            generation = replace(generation, max_new_tokens=max_new_tokens)
+        return LlavaAnswerer(self.model, self._preparer, generation, config, self.model_id, self._path, features)
+
+    def prompt_length(self, question: Question) -> int:
+        """Tokens of a question's prompt."""
+        return len(self._preparer.input_ids(question))
 
     def seen(self, prepared: PreparedQuestion) -> np.ndarray:
         """(H, W, 3) uint8 picture that the vision tower gets."""

@@ -48,6 +48,17 @@ class LlavaMetaModel(LlavaModel):
 
 
 @dataclass(frozen=True)
+class TowerOutput:
+    """Images that a vision tower has seen already, for `generate(images=...)` in place of their pixels.
+
+    Attributes:
+        features: (B, tokens, hidden), what the tower returned; one crop per image.
+    """
+
+    features: Tensor
+
+
+@dataclass(frozen=True)
 class Prompt:
     """A spliced batch.
 
@@ -76,10 +87,10 @@ class LlavaMetaForCausalLM:
         """The vision tower."""
         return self.get_model().get_vision_tower()
 
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Projected features (B, tokens, D) of pixels (B, 3, H, W) of any floating dtype."""
+    def encode_images(self, images: Tensor | TowerOutput) -> Tensor:
+        """Projected features (B, tokens, D) of pixels (B, 3, H, W) of any floating dtype, or of a tower's output."""
         tower, projector = self.get_vision_tower(), self.get_model().mm_projector
-        features = tower(images.to(tower.dtype))
+        features = images.features if isinstance(images, TowerOutput) else tower(images.to(tower.dtype))
         weight = next(projector.parameters(), features)
         return projector(features.to(weight.dtype))
 
@@ -87,7 +98,7 @@ class LlavaMetaForCausalLM:
     def generate(
         self,
         inputs: Tensor | None = None,
-        images: Tensor | Sequence[Tensor] | None = None,
+        images: Tensor | Sequence[Tensor] | TowerOutput | None = None,
         image_sizes: Sequence[Sequence[int]] | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -95,7 +106,8 @@ class LlavaMetaForCausalLM:
 
         Args:
             inputs: (B, L) ids with -200 where an image goes; `input_ids` is accepted too.
-            images: (B, 3, H, W), (B, T, 3, H, W), or a list of (T, 3, H, W) or (3, H, W): one per placeholder.
+            images: (B, 3, H, W), (B, T, 3, H, W), or a list of (T, 3, H, W) or (3, H, W): one per placeholder. Or
+                what the vision tower gave for (B, 3, H, W) before.
             image_sizes: Original (width, height) per image, needed for anyres checkpoints.
             **kwargs: `attention_mask` (B, L), padding on either side, and everything transformers' `generate` takes.
                 `use_cache=False` changes nothing: transformers continues from embeddings with a cache only. With
@@ -214,10 +226,10 @@ class LlavaMetaForCausalLM:
         return torch.cat(embeds)[:limit], torch.cat(items)[:limit], torch.cat(targets)[:limit]
 
     def _image_features(
-        self, images: Tensor | Sequence[Tensor], image_sizes: Sequence[Sequence[int]] | None
+        self, images: Tensor | Sequence[Tensor] | TowerOutput, image_sizes: Sequence[Sequence[int]] | None
     ) -> Sequence[Tensor]:
         """Features (n_i, D) per placeholder. A 4-D tensor is one crop per image; other crops are merged."""
-        if isinstance(images, Tensor) and images.dim() == 4:
+        if isinstance(images, TowerOutput) or (isinstance(images, Tensor) and images.dim() == 4):
             return self.encode_images(images)
         stacks = _crop_stacks(images)
         if not stacks:

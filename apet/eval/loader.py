@@ -21,6 +21,7 @@ from torch import nn
 
 from apet.config import ApetConfig
 from apet.eval.answerer import Answerer
+from apet.eval.benchmarks import Question
 from apet.eval.scoring_cli import Parser, run
 
 _MODULE = "eval/apet_loader.py"
@@ -43,8 +44,21 @@ class LoadedModel(Protocol):
     layers: int
     grid: tuple[int, int]
 
-    def answerer(self, config: ApetConfig) -> Answerer:
-        """The model with this compression; ValueError where the model or the method cannot do it."""
+    def answerer(self, config: ApetConfig, *, share_tower: bool = False, max_new_tokens: int | None = None) -> Answerer:
+        """The model with this compression, until the next call.
+
+        Args:
+            config: The compression.
+            share_tower: What the vision tower gives for a picture may be kept from one answerer to the next, where the
+                method works behind the tower. Answers are the same, times are not.
+            max_new_tokens: Other than the flag says.
+
+        Raises:
+            ValueError: The model or the method cannot do it.
+        """
+
+    def prompt_length(self, question: Question) -> int:
+        """Tokens of a question's prompt, its image counted as one."""
 
     def seen(self, prepared: Any) -> np.ndarray:
         """(H, W, 3) uint8 picture that the model gets of a prepared question, in the shape of its tokens' grid."""

@@ -1,0 +1,122 @@
+"""Shared features of the vision tower: the same answers as without, pictures opened once, and a bound."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from apet.config import ApetConfig
+from apet.eval.benchmarks import Question
+from apet.eval.images import ImageError, Pictures
+from apet.eval.scoring_cli import Parser
+from apet.methods import get_method, method_names
+from llava.eval import apet_loader
+from llava.eval.answerer import PreparedQuestion
+from llava.eval.tower_features import TowerFeatures
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "end_to_end"
+QUESTIONS = [
+    Question(0, "What is it?", "What is it?", "image_a.png"),
+    Question(1, "no picture", "Say something."),
+    Question(2, "Is there a dog?", "Is there a dog in the image?", "image_b.png"),
+    Question(3, "What is where?", "What is where?", "image_a.png"),
+]
+
+
+@pytest.fixture(scope="module")
+def loaded() -> apet_loader.LoadedLlava:
+    parser = Parser()
+    apet_loader.add_flags(parser)
+    words = ["--model-path", str(GOLDEN / "llava-v1.5-tiny"), "--device", "cpu", "--max_new_tokens", "6"]
+    return apet_loader.load(parser.parse_args(words))
+
+
+def answers(answerer, questions=QUESTIONS) -> list[str]:
+    folder = str(GOLDEN / "images")
+    return answerer.answer([answerer.preparer.prepare(one, Pictures(one, folder)) for one in questions])
+
+
+def runnable(name: str, loaded) -> ApetConfig | None:
+    """The method at 96 tokens; None where it cannot be planned or the model does not provide its inputs."""
+    try:
+        config = ApetConfig(method=name, **get_method(name).plan(96, loaded.image_tokens, loaded.layers))
+        loaded.answerer(config)
+    except ValueError:
+        return None
+    return config
+
+
+def test_answers_are_exactly_those_without_sharing(loaded):
+    compared = 0
+    for name in method_names():
+        config = runnable(name, loaded)
+        if config is not None:
+            compared += 1
+            alone = answers(loaded.answerer(config))
+            assert answers(loaded.answerer(config, share_tower=True)) == alone, name  # the first one fills
+            assert answers(loaded.answerer(config, share_tower=True)) == alone, name
+    assert compared > 8
+
+
+def test_a_known_picture_is_neither_opened_nor_encoded_again(loaded, monkeypatch):
+    config = ApetConfig(96)
+    before = answers(loaded.answerer(config, share_tower=True))
+    seen = []
+    handle = loaded.model.model.vision_tower.register_forward_hook(lambda *args: seen.append(args))
+    monkeypatch.setattr("apet.eval.images.open_images", lambda *args: pytest.fail("opened"))
+    assert answers(loaded.answerer(config, share_tower=True)) == before and seen == []
+    handle.remove()
+
+
+def test_a_method_that_looks_into_the_tower_runs_it(loaded):
+    seen = []
+    handle = loaded.model.model.vision_tower.register_forward_hook(lambda *args: seen.append(args))
+    for name in method_names():
+        config = runnable(name, loaded)
+        if config is not None:
+            answers(loaded.answerer(config, share_tower=True))
+            seen.clear()
+            answers(loaded.answerer(config, share_tower=True))
+            inside = set(get_method(name).needs("vision")) & {"cls_attention", "vision_keys", "clip_relevance"}
+            assert bool(seen) == bool(inside), name
+    handle.remove()
+
+
+def test_a_picture_that_is_missing_is_noticed_when_it_is_looked_at(tmp_path):
+    pictures = Pictures(Question(0, "", "", "no.png"), str(tmp_path))
+    assert len(pictures) == 1 and pictures.path == str(tmp_path / "no.png")
+    with pytest.raises(ImageError, match="no.png does not exist"):
+        pictures[0]
+    assert len(Pictures(Question(0, "", ""), "")) == 0
+
+
+class CountingModel:
+    """A tower that gives the mean of its pixels, twice; counts pictures."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self) -> None:
+        self.encoded = 0
+
+    def get_vision_tower(self):
+        return self._tower
+
+    def _tower(self, pixels):
+        self.encoded += len(pixels)
+        return pixels.mean((1, 2, 3)).view(-1, 1, 1).expand(-1, 2, 1)
+
+
+def picture(value: float | None, path: str | None) -> PreparedQuestion:
+    pixels = None if value is None else torch.full((3, 2, 2), value)
+    return PreparedQuestion(torch.tensor([1]), pixels, None, path)
+
+
+def test_features_are_kept_up_to_the_bound_and_stay():
+    model, store = CountingModel(), TowerFeatures(limit_bytes=2 * 8)  # two pictures of two floats
+    batch = [picture(1, "a"), picture(None, None), picture(2, "b"), picture(1, "a"), picture(3, None)]
+    assert store.encode(model, batch).features[:, 0, 0].tolist() == [1, 0, 2, 1, 3]
+    assert model.encoded == 3 and store.known == {"a", "b"}
+    again = [picture(None, "b"), picture(4, "c"), picture(None, "a")]
+    for count in (4, 5):  # "c" finds no room and is encoded every time
+        assert store.encode(model, again).features[:, 1, 0].tolist() == [2, 4, 1]
+        assert model.encoded == count and store.known == {"a", "b"}
