@@ -9,18 +9,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from apet.compare import __main__ as program
-from apet.compare import bootstrap, execute, plan, results, table, tasks
+from apet.compare import bootstrap, cost, execute, plan, results, table, tasks
 from apet.config import ApetConfig
 from apet.eval import loader
 from apet.eval.answerer import Answer
 from apet.eval.metrics import BinaryCounts
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "end_to_end"
+ALL = ("--benchmarks", "gqa,mme,pope,textvqa")
 SUFFIX = "\nAnswer the question using a single word or phrase."
-COUNTS = {"gqa": 20, "pope": 24, "textvqa": 10}
+COUNTS = {"gqa": 20, "mme": 16, "pope": 24, "textvqa": 10}
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
@@ -64,9 +66,26 @@ def write_textvqa(root: Path, images: list[str]) -> None:
     (root / "textvqa" / "TextVQA_0.5.1_val.json").write_text(json.dumps({"data": truth}))
 
 
+def write_mme(root: Path) -> None:
+    rows = []
+    for index in range(COUNTS["mme"] // 2):
+        category = ("existence", "code_reasoning", "OCR")[index % 3]
+        release = root / "MME" / "MME_Benchmark_release_version" / category
+        release.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(release / f"{index}.png")
+        texts = [f"Is there a thing {2 * index + number} in the image?" for number in (0, 1)]
+        labels = [
+            f"{text} Please answer yes or no.\t{label}\n" for text, label in zip(texts, ("No", "Yes"), strict=True)
+        ]
+        (release / f"{index}.txt").write_text("".join(labels))
+        key = f"{category}/{index}.png"
+        rows += [{"question_id": key, "image": key, "text": text + SUFFIX} for text in texts]
+    write_lines(root / "MME" / "llava_mme.jsonl", rows)
+
+
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """The three benchmarks in the layout of data/README.md, over two pictures."""
+    """The benchmarks in the layout of data/README.md, most over two pictures."""
     root = tmp_path / "data"
     for folder in ("gqa/images", "pope/val2014", "textvqa/train_images"):
         (root / folder).mkdir(parents=True)
@@ -74,6 +93,7 @@ def data(tmp_path) -> Path:
             Image.new("RGB", (4, 4)).save(root / folder / name)
     for write in (write_gqa, write_pope, write_textvqa):
         write(root, ["a.png", "b.png"])
+    write_mme(root)
     return root
 
 
@@ -114,12 +134,13 @@ class FakeAnswerer:
 class FakeModel:
     """A checkpoint of 576 tokens and 12 layers; refuses the methods in `refused`."""
 
-    model, model_id, image_tokens, layers, grid = None, "fake", 576, 12, (24, 24)
+    model_id, image_tokens, layers, grid = "fake", 576, 12, (24, 24)
+    model = SimpleNamespace(device=torch.device("cpu"))
 
     def __init__(self, refused: tuple[str, ...] = (), fail_after: int | None = None) -> None:
         self.refused, self.fail_after, self.asked = refused, fail_after, 0
 
-    def answerer(self, config: ApetConfig, share_tower: bool = False, max_new_tokens: int | None = None):
+    def answerer(self, config: ApetConfig, share_tower: bool = False, new_tokens: int | None = None):
         if config.method in self.refused:
             raise ValueError(f"method {config.method!r} needs what is not there")
         return FakeAnswerer(self, config)
@@ -132,7 +153,7 @@ def compare(data: Path, model: FakeModel, *flags: str) -> Path:
     """Run the program with a fake model; returns its --out."""
     out = data.parent / "out"
     module = SimpleNamespace(add_flags=lambda parser: None, load=lambda args: model)
-    words = ["--data", str(data), "--out", str(out), "--num_workers", "0", "--batch_size", "4", *flags]
+    words = ["--data", str(data), "--out", str(out), "--batch_size", "4", "--timed", "0", *flags]
     program.compare(program.parser(module).parse_args(words), module)
     return out
 
@@ -182,13 +203,14 @@ def test_wrong_lists_are_refused(function, text, word):
 
 
 def test_a_limit_scores_exactly_the_first_questions(data, tmp_path):
-    for name, limit in (("gqa", 7), ("pope", 12), ("textvqa", 5)):
+    for name, limit in (("gqa", 7), ("mme", 6), ("pope", 12), ("textvqa", 5)):
         task = tasks.open_task(name, str(data), tmp_path / "out", limit)
         assert task.name == f"{name}-first{limit}" and len(task.questions) == limit
         whole = tasks.open_task(name, str(data), tmp_path / "out", None)
         assert task.questions == whole.questions[:limit] and len(whole.questions) == COUNTS[name]
         finished = run_cell(task, tmp_path / "out")
         assert finished.score["n_questions"] == limit
+    assert len(tasks.open_task("mme", str(data), tmp_path, 5).questions) == 6  # both questions of a picture
     assert "not in the question file" in str(run_cell(tasks.open_task("pope", str(data), tmp_path, 8), tmp_path).score)
 
 
@@ -199,7 +221,7 @@ def run_cell(task: tasks.Task, out: Path, method: str = "none") -> execute.Finis
 
 
 def test_a_benchmark_that_cannot_be_compared_and_data_that_is_not_there_are_named(data, tmp_path):
-    with pytest.raises(ValueError, match="'vizwiz'; available: gqa, pope, textvqa"):
+    with pytest.raises(ValueError, match="'vizwiz'; available: gqa, mme, pope, textvqa"):
         tasks.open_task("vizwiz", str(data), tmp_path, None)
     with pytest.raises(ValueError, match="nowhere.*is not there"):
         tasks.open_task("gqa", str(tmp_path / "nowhere"), tmp_path, None)
@@ -209,7 +231,7 @@ def test_a_benchmark_that_cannot_be_compared_and_data_that_is_not_there_are_name
 def test_the_resampled_headline_is_the_scorers(data, tmp_path, name):
     finished = run_cell(tasks.open_task(name, str(data), tmp_path, None), tmp_path, "random")
     outcome = finished.task.outcome(finished.score["per_sample"], finished.answers)
-    assert 0 < finished.score["value"] < 100
+    assert 0 < finished.score["value"] < outcome.maximum == (400 if name == "mme" else 100)
     assert outcome.score == pytest.approx(finished.score["value"], abs=1e-9)
 
 
@@ -219,6 +241,10 @@ def test_the_resampled_headline_is_the_scorers(data, tmp_path, name):
 def brute_force(outcome: bootstrap.Outcome, counts: np.ndarray) -> float:
     """The headline of one resample, question by question."""
     drawn = [index for index, count in enumerate(counts) for _ in range(int(count))]
+    if outcome.summed:
+        parts = [[outcome.correct[index] for index in drawn if outcome.strata[index] == stratum]
+                 for stratum in sorted(set(outcome.strata.tolist()))]  # fmt: skip
+        return 100 * sum(sum(part) / len(part) for part in parts)
     if outcome.truth is None:
         return 100 * sum(outcome.correct[index] for index in drawn) / len(drawn)
     f1 = []
@@ -233,11 +259,11 @@ def brute_force(outcome: bootstrap.Outcome, counts: np.ndarray) -> float:
 def outcomes(kind: str, runs: int = 3, n: int = 30) -> list[bootstrap.Outcome]:
     draw = np.random.default_rng(7)
     ids, strata, truth = tuple(map(str, range(n))), np.arange(n) % 3, draw.random(n) < 0.5
-    extra = (truth, strata) if kind == "f1" else ()
+    extra = {"f1": (truth, strata), "sum": (None, strata, True), "mean": ()}[kind]
     return [bootstrap.Outcome(ids, (draw.random(n) < 0.6).astype(float), *extra) for _ in range(runs)]
 
 
-@pytest.mark.parametrize("kind", ["mean", "f1"])
+@pytest.mark.parametrize("kind", ["mean", "f1", "sum"])
 def test_resampled_scores_equal_a_brute_force(kind, monkeypatch):
     runs = outcomes(kind)
     seen = []
@@ -248,7 +274,7 @@ def test_resampled_scores_equal_a_brute_force(kind, monkeypatch):
     assert counts.shape == (130, 30) and (counts.sum(1) == 30).all()
     expected = [[brute_force(run, row) for row in counts] for run in runs]
     np.testing.assert_allclose(values, expected, rtol=1e-12)
-    if kind == "f1":
+    if kind != "mean":
         assert (counts[:, runs[0].strata == 1].sum(1) == 10).all()
 
 
@@ -268,11 +294,13 @@ def test_the_interval_of_a_mean_is_the_textbook_one():
     assert low == pytest.approx(75 - half, abs=0.5) and high == pytest.approx(75 + half, abs=0.5)
 
 
-def test_runs_in_another_order_are_aligned_and_other_questions_refused():
-    one, two, _ = outcomes("f1")
+@pytest.mark.parametrize("kind", ["f1", "sum"])
+def test_runs_in_another_order_are_aligned_and_other_questions_refused(kind):
+    one, two, _ = outcomes(kind)
     order = np.random.default_rng(0).permutation(30)
     ids = tuple(two.ids[index] for index in order)
-    turned = bootstrap.Outcome(ids, two.correct[order], two.truth[order], two.strata[order])
+    truth = None if two.truth is None else two.truth[order]
+    turned = replace(two, ids=ids, correct=two.correct[order], truth=truth, strata=two.strata[order])
     straight = bootstrap.resampled_scores("x", [one, two], 20)
     np.testing.assert_array_equal(straight, bootstrap.resampled_scores("x", [one, turned], 20))
     with pytest.raises(ValueError, match="different questions"):
@@ -284,7 +312,7 @@ def test_runs_in_another_order_are_aligned_and_other_questions_refused():
 
 def test_everything_is_answered_scored_and_written(data, capsys):
     model = FakeModel(refused=("tome",))
-    out = compare(data, model, "--methods", "apet,uniform,random,fastv,tome", "--tokens", "576,192,32")
+    out = compare(data, model, "--methods", "apet,uniform,random,fastv,tome", "--tokens", "576,192,32", *ALL)
     printed = capsys.readouterr().out
     assert printed == (out / "table.md").read_text()
     for word in ("**fake**: dtype float32", "device cpu", "batch size 4", "random weights; its scores mean nothing"):
@@ -297,7 +325,7 @@ def test_everything_is_answered_scored_and_written(data, capsys):
         f"gqa-random-32-seed2.{suffix}" for suffix in ("jsonl", "run.json", "score.json")
     ]
     rows = read_csv(out)
-    assert {key[0] for key in rows} == {"average", "gqa", "pope", "textvqa"}
+    assert {key[0] for key in rows} == {"average", *COUNTS}
     assert rows["gqa", "random", "32"]["seeds"] == "3" and rows["gqa", "apet", "32"]["seeds"] == "1"
     assert ("gqa", "fastv", "192") in rows and ("gqa", "fastv", "32") not in rows
     none = rows["average", "none", ""]
@@ -350,7 +378,7 @@ def test_percent_intervals_equal_a_brute_force(data, monkeypatch):
 
 def test_equal_scores_share_the_better_rank():
     def row(method: str, score: float) -> results.Row:
-        return results.Row("gqa", "accuracy", method, 64, score, 64.0, 1.0, 10, 1)
+        return results.Row("gqa", "accuracy", method, 64, score, 64.0, 10, 1)
 
     full = replace(row("none", 90.0), budget=None)
     ranked = results._ranked([full, row("a", 50.0), row("b", 70.0), row("c", 50.0), row("d", 40.0)])
@@ -358,7 +386,7 @@ def test_equal_scores_share_the_better_rank():
 
 
 def test_finished_runs_are_not_run_again_and_interrupted_ones_go_on(data):
-    flags = ("--methods", "apet,random", "--tokens", "64", "--seeds", "2", "--no_png")
+    flags = ("--methods", "apet,random", "--tokens", "64", "--seeds", "2", "--no_png", *ALL)
     everything = FakeModel()
     out = compare(data, everything, *flags)
     expected = {path.relative_to(out): path.read_text() for path in out.rglob("*.score.json")}
@@ -444,12 +472,58 @@ def test_a_missing_matplotlib_is_said_before_anything_is_loaded(data, monkeypatc
         compare(data, None)
 
 
+def test_time_and_memory_are_measured_in_turns_once_and_for_all_methods_together(data, capsys):
+    flags = ("--methods", "apet,random", "--tokens", "64", "--timed", "3", "--benchmarks", "gqa,pope")
+    first = FakeModel()
+    out = compare(data, first, *flags)
+    assert (out / "accuracy_time.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| TTFT, ms" in capsys.readouterr().out
+    content = json.loads((out / "cost.json").read_text())
+    assert list(content["measured"]) == ["none", "apet-64", "random-64-seed0"]
+    assert [row[:2] for row in content["subject"]["questions"]] == [["gqa", "g0"], ["gqa", "g10"], ["pope", "0"]]
+    row = read_csv(out)["average", "apet", "64"]
+    singles = {name: one["first_token_ms"] for name, one in content["measured"].items()}
+    assert float(row["first_token_ms"]) == pytest.approx(np.median(singles["apet-64"]))
+    for other, column in (("none", "first_token_none"), ("random-64-seed0", "first_token_random")):
+        expected = np.median(np.array(singles[other]) / singles["apet-64"])
+        assert float(row[column]) == pytest.approx(expected)
+    batches = np.array(content["measured"]["apet-64"]["batch_ms"])
+    assert float(row["questions_per_second"]) == pytest.approx(np.median(3e3 / batches))
+    assert read_csv(out)["gqa", "none", ""]["rate_none"] == "1.0"
+
+    again, more = FakeModel(), FakeModel()
+    compare(data, again, *flags)
+    assert again.asked == 0 and json.loads((out / "cost.json").read_text()) == content
+    compare(data, more, *flags[:1], "apet,random,uniform", *flags[2:])
+    after = json.loads((out / "cost.json").read_text())["measured"]
+    assert len(after) == 4 and after["none"]["batch_ms"] != content["measured"]["none"]["batch_ms"]
+
+
+def test_timed_questions_are_spread_over_benchmarks_and_each_taken_once(data, tmp_path):
+    opened = [tasks.open_task(name, str(data), tmp_path, None) for name in ("gqa", "textvqa")]
+    chosen = [(task.name, index) for task, index in cost.spread(opened, 5)]
+    assert chosen == [("gqa", 0), ("gqa", 6), ("gqa", 13), ("textvqa", 0), ("textvqa", 5)]
+    assert len(cost.spread(opened, 1000)) == 30
+
+
+def test_the_peak_of_a_call_is_what_torch_allocates_beyond_the_start():
+    def call():
+        first = torch.zeros(1 << 18)  # 1 MiB each
+        second = first + 1
+        del first
+        return torch.cat([second, second]).sum()
+
+    torch.zeros(1 << 20)
+    assert cost.peak_bytes(call, torch.device("cpu")) == pytest.approx(3 * 2**20, rel=0.01)
+
+
 def test_runs_on_other_hardware_are_noted(data, tmp_path):
     finished = run_cell(tasks.open_task("gqa", str(data), tmp_path, None), tmp_path)
     record = json.loads(json.dumps(finished.record))
-    record["environment"]["batch_size"] = 99
-    assert not any("speeds" in note for note in table.notes([finished]))
-    assert any("speeds do not compare" in note for note in table.notes([finished, replace(finished, record=record)]))
+    record["environment"]["device"] = "cuda:0"
+    assert not any("devices" in note for note in table.notes([finished]))
+    other = replace(finished, record=record)
+    assert any("different devices (cpu, cuda:0)" in note for note in table.notes([finished, other]))
 
 
 def test_the_loader_is_found_or_named():
@@ -458,7 +532,10 @@ def test_the_loader_is_found_or_named():
         loader.find_loader(["--loader", "no.such"])
 
 
-@pytest.mark.parametrize(("flags", "word"), [(["--seeds", "0"], "--seeds"), (["--methods", "x"], "Available")])
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [(["--seeds", "0"], "--seeds"), (["--timed", "-1"], "--timed"), (["--methods", "x"], "Available")],
+)
 def test_what_the_user_can_mend_is_one_line(capsys, flags, word):
     assert program.main(["--model-path", "none", *flags]) == 1
     assert word in capsys.readouterr().err.strip().splitlines()[-1]
@@ -474,10 +551,11 @@ def test_a_tiny_checkpoint_from_the_command_line(tmp_path, capsys):
     (root / "gqa" / "images").symlink_to(GOLDEN / "images")
     arguments = ["--model-path", str(GOLDEN / "llava-v1.5-tiny"), "--data", str(root), "--benchmarks", "gqa"]
     arguments += ["--methods", "apet,random,cdpruner", "--tokens", "64", "--seeds", "2", "--out", str(tmp_path / "out")]
-    arguments += ["--limit", "3", "--batch_size", "3", "--num_workers", "0", "--max_new_tokens", "4", "--device", "cpu"]
+    arguments += ["--limit", "3", "--batch_size", "3", "--timed", "1", "--max_new_tokens", "4", "--device", "cpu"]
     assert program.main(arguments) == 0
     rows = read_csv(tmp_path / "out")
-    assert float(rows["gqa-first3", "none", ""]["tokens"]) == 576
+    full = rows["gqa-first3", "none", ""]
+    assert float(full["tokens"]) == 576 and float(full["peak_bytes"]) > 0 and float(full["first_token_none"]) == 1
     assert (
         float(rows["gqa-first3", "apet", "64"]["tokens"]) == 64 == float(rows["gqa-first3", "random", "64"]["tokens"])
     )

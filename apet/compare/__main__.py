@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from apet.compare.cost import measure_costs
 from apet.compare.difficulty import CHEAP, split_by_difficulty
 from apet.compare.execute import Place, execute
 from apet.compare.plan import parse_budgets, parse_methods, parse_names, plan_cells
-from apet.compare.plot import check_matplotlib, write_png
+from apet.compare.plot import TIME, TOKENS, check_matplotlib, write_png
 from apet.compare.results import rows_of
 from apet.compare.table import has_random_weights, markdown, write_csv
 from apet.compare.tasks import open_task
@@ -35,9 +36,12 @@ def parser(loader: ModuleType | None = None) -> Parser:
         "--num_workers", type=int, default=0, help="processes that open pictures; most are opened only once"
     )
     flags.add_argument(
+        "--timed", type=int, default=4, help="questions of the pass that measures time and memory; 0 leaves it out"
+    )
+    flags.add_argument(
         "--difficulty", action="store_true", help="report apart what average pooling to the same budget answers too"
     )
-    flags.add_argument("--no_png", action="store_true", help="no accuracy.png")
+    flags.add_argument("--no_png", action="store_true", help="no pictures")
     add_loader_flag(flags)
     if loader is not None:
         loader.add_flags(flags)
@@ -53,9 +57,9 @@ def compare(args: argparse.Namespace, loader: ModuleType) -> None:
     methods, budgets = parse_methods(args.methods), parse_budgets(args.tokens)
     if args.difficulty:
         methods = list(dict.fromkeys([*methods, CHEAP]))
-    for flag, value in (("--seeds", args.seeds), ("--limit", args.limit)):
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} {value} must be at least 1")
+    for flag, value, least in (("--seeds", args.seeds, 1), ("--limit", args.limit, 1), ("--timed", args.timed, 0)):
+        if value is not None and value < least:
+            raise ValueError(f"{flag} {value} must be at least {least}")
     if not args.no_png:
         check_matplotlib()
     out = Path(args.out).expanduser()
@@ -63,7 +67,8 @@ def compare(args: argparse.Namespace, loader: ModuleType) -> None:
     loaded: LoadedModel = loader.load(args)
     cells, unreachable = plan_cells(methods, budgets, args.seeds, loaded.image_tokens, loaded.layers)
     finished, refused = execute(loaded, cells, tasks, Place(out, args.batch_size, args.num_workers))
-    tables = rows_of(finished)
+    costs = measure_costs(loaded, finished, tasks, args.timed, out / "cost.json") if args.timed else {}
+    tables = rows_of(finished, costs)
     text = markdown(
         tables, finished, [*unreachable, *refused], split_by_difficulty(finished) if args.difficulty else {}
     )
@@ -72,7 +77,9 @@ def compare(args: argparse.Namespace, loader: ModuleType) -> None:
     print(text, end="")
     if not args.no_png:
         warning = " (random weights: the scores mean nothing)" if has_random_weights(finished) else ""
-        write_png(out / "accuracy.png", tables, loaded.model_id + warning)
+        write_png(out / "accuracy.png", tables, loaded.model_id + warning, TOKENS)
+        if costs:
+            write_png(out / "accuracy_time.png", tables, loaded.model_id + warning, TIME)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

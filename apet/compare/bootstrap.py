@@ -1,8 +1,9 @@
 """Paired bootstrap: the same resamples of the questions for every run, so that differences are within questions.
 
-A resample draws as many questions as there are, with replacement, inside each stratum (POPE's splits; otherwise there
-is one stratum). The headline score is computed anew on every resample: mean correctness, or the mean over the splits of
-F1. Percentages and differences are taken per resample and then summarised by the 2.5 % and 97.5 % quantiles.
+A resample draws as many questions as there are, with replacement, inside each stratum (POPE's splits, MME's categories;
+otherwise there is one stratum). MME is drawn by pictures, which have two questions each. The headline score is computed
+anew on every resample: mean correctness, the mean over the splits of F1, or the sum over the categories. Percentages
+and differences are taken per resample and then summarised by the 2.5 % and 97.5 % quantiles.
 """
 
 import zlib
@@ -21,17 +22,24 @@ class Outcome:
     """One run's answers, judged, question by question.
 
     Attributes:
-        ids: Question ids.
-        correct: (n,) correctness in 0..1.
+        ids: Question ids, or those of pictures that are scored as a whole.
+        correct: (n,) correctness in 0..1; with `summed` the picture's points over 100, in 0..2.
         truth: (n,) bool, the right answer is "yes": the headline is the mean over strata of F1. None: the headline is
             the mean of `correct`.
         strata: (n,) int, the stratum of every question; None for one.
+        summed: The headline is the sum over strata of the mean of `correct`.
     """
 
     ids: tuple[str, ...]
     correct: np.ndarray
     truth: np.ndarray | None = None
     strata: np.ndarray | None = None
+    summed: bool = False
+
+    @property
+    def maximum(self) -> float:
+        """The best headline score there is."""
+        return 200.0 * len(self.groups) if self.summed else 100.0
 
     @property
     def groups(self) -> list[np.ndarray]:
@@ -41,7 +49,10 @@ class Outcome:
         return [np.flatnonzero(self.strata == stratum) for stratum in np.unique(self.strata)]
 
     def scores(self, counts: np.ndarray) -> np.ndarray:
-        """(r,) headline scores in percent where question i counts ``counts[:, i]`` times, counts (r, n)."""
+        """(r,) headline scores where question i counts ``counts[:, i]`` times, counts (r, n)."""
+        if self.summed:
+            parts = [counts[:, group] @ self.correct[group] / counts[:, group].sum(1) for group in self.groups]
+            return 100 * np.sum(parts, axis=0)
         if self.truth is None:
             return 100 * (counts @ self.correct) / counts.sum(1)
         return 100 * np.mean([self._f1(counts[:, group], group) for group in self.groups], axis=0)
@@ -115,4 +126,4 @@ def _aligned(outcome: Outcome, reference: Outcome) -> Outcome:
         )
     order = np.array([place[key] for key in reference.ids])
     truth, strata = (None if values is None else values[order] for values in (outcome.truth, outcome.strata))
-    return Outcome(reference.ids, outcome.correct[order], truth, strata)
+    return Outcome(reference.ids, outcome.correct[order], truth, strata, outcome.summed)

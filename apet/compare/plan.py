@@ -9,6 +9,7 @@ from apet.methods import get_method, method_names
 # Methods whose selection depends on the seed; every other one gives the same answers with every seed.
 DRAWS_AT_RANDOM = ("random",)
 UNCOMPRESSED = "none"
+BASELINE = "random"  # what every method is set against
 
 
 @dataclass(frozen=True)

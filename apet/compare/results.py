@@ -1,18 +1,17 @@
-"""From finished cells to rows: score, percent of the uncompressed model with its interval, rank, tokens, speed."""
+"""From finished cells to rows: score, percent of the uncompressed model with its interval, rank, tokens, cost."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from apet.compare.bootstrap import RESAMPLES, interval, resampled_scores
+from apet.compare.cost import Cost, Key
 from apet.compare.execute import Finished
-from apet.compare.plan import UNCOMPRESSED
+from apet.compare.plan import BASELINE, UNCOMPRESSED
 
 AVERAGE = "average"
-BASELINE = "random"
 Interval = tuple[float, float] | None
-_Key = tuple[str, int | None]  # method, budget
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Row:
         metric: What the score is.
         method: Registered name.
         budget: Tokens asked for; None for the uncompressed model.
-        score: Mean over the seeds; on average the mean over the benchmarks.
+        score: Mean over the seeds; on average the mean over the benchmarks of the score in percent of `maximum`.
         spread: Standard deviation of the score over seeds; None with fewer than two.
         score_interval: 95 % interval of the score itself.
         percent: Percent of the uncompressed score; on average the mean percentage.
@@ -33,11 +32,10 @@ class Row:
         difference_interval: Its 95 % interval.
         rank: 1 for the best at this budget; equal values share the better rank.
         tokens: Visual tokens per question averaged over layers, as measured.
-        speed: Questions per second.
-        versus_none: `speed` divided by that of the uncompressed model.
-        versus_random: `speed` divided by that of random selection at the same budget.
         seeds: Number of seeds; 1 for methods that do not draw.
         questions: Questions scored.
+        maximum: The best score there is.
+        cost: Time and memory, of the method on some questions of all benchmarks; None if they were not measured.
     """
 
     benchmark: str
@@ -46,9 +44,10 @@ class Row:
     budget: int | None
     score: float
     tokens: float | None
-    speed: float | None
     questions: int
     seeds: int
+    maximum: float = 100.0
+    cost: Cost | None = None
     spread: float | None = None
     score_interval: Interval = None
     percent: float | None = None
@@ -56,13 +55,13 @@ class Row:
     difference: float | None = None
     difference_interval: Interval = None
     rank: int | None = None
-    versus_none: float | None = None
-    versus_random: float | None = None
     resamples: np.ndarray = field(default=None, repr=False, compare=False)
     percent_resamples: np.ndarray = field(default=None, repr=False, compare=False)
 
 
-def rows_of(finished: Sequence[Finished], resamples: int = RESAMPLES) -> dict[str, list[Row]]:
+def rows_of(
+    finished: Sequence[Finished], costs: Mapping[Key, Cost] | None = None, resamples: int = RESAMPLES
+) -> dict[str, list[Row]]:
     """Rows by benchmark; with more than one benchmark the average comes first.
 
     Within a benchmark the uncompressed model comes first, then budget by budget, the best method first.
@@ -72,7 +71,12 @@ def rows_of(finished: Sequence[Finished], resamples: int = RESAMPLES) -> dict[st
         tables[task] = _benchmark_rows([one for one in finished if one.task.name == task], resamples)
     if len(tables) > 1:
         tables = {AVERAGE: _average_rows(list(tables.values())), **tables}
-    return {name: _ordered(_ranked(_compared(rows))) for name, rows in tables.items()}
+    return {
+        name: [
+            replace(row, cost=(costs or {}).get((row.method, row.budget))) for row in _ordered(_ranked(_compared(rows)))
+        ]
+        for name, rows in tables.items()
+    }
 
 
 def _benchmark_rows(finished: Sequence[Finished], resamples: int) -> list[Row]:
@@ -81,17 +85,18 @@ def _benchmark_rows(finished: Sequence[Finished], resamples: int) -> list[Row]:
     for one, outcome in zip(finished, outcomes, strict=True):
         assert abs(outcome.score - one.score["value"]) < 0.01, f"{one.answers}: the headline is not what is resampled"
     values = resampled_scores(task.name, outcomes, resamples)
-    groups: dict[_Key, list[int]] = {}
+    groups: dict[Key, list[int]] = {}
     for index, one in enumerate(finished):
         groups.setdefault((one.cell.method, one.cell.tokens), []).append(index)
-    return [_row([finished[index] for index in members], values[members].mean(0)) for members in groups.values()]
+    maximum = outcomes[0].maximum
+    return [
+        _row([finished[index] for index in members], values[members].mean(0), maximum) for members in groups.values()
+    ]
 
 
-def _row(members: Sequence[Finished], values: np.ndarray) -> Row:
+def _row(members: Sequence[Finished], values: np.ndarray, maximum: float) -> Row:
     first = members[0]
     scores = [one.score["value"] for one in members]
-    counts = [one.record["counts"] for one in members]
-    seconds = sum(count["seconds"] for count in counts)
     return Row(
         benchmark=first.task.name,
         metric=first.score["metric"],
@@ -99,38 +104,35 @@ def _row(members: Sequence[Finished], values: np.ndarray) -> Row:
         budget=first.cell.tokens,
         score=float(np.mean(scores)),
         tokens=_mean(one.record["layer_averaged_tokens"] for one in members),
-        speed=sum(count["answers"] for count in counts) / seconds if seconds else None,
         questions=first.score["n_questions"],
         seeds=len(members),
+        maximum=maximum,
         spread=float(np.std(scores, ddof=1)) if len(members) > 1 else None,
         resamples=values,
     )
 
 
 def _average_rows(tables: Sequence[Sequence[Row]]) -> list[Row]:
-    """Means over the benchmarks of the methods that have all of them; speed is of all questions together."""
-    by_key: dict[_Key, list[Row]] = {}
+    """Means over the benchmarks of the methods that have all of them."""
+    by_key: dict[Key, list[Row]] = {}
     for row in (row for rows in tables for row in _compared(rows)):
         by_key.setdefault((row.method, row.budget), []).append(row)
     averages = []
     for (method, budget), rows in by_key.items():
         if len(rows) < len(tables):
             continue
-        seconds = [row.questions / row.speed for row in rows if row.speed]
-        whole = len(seconds) == len(rows)
         averages.append(
             Row(
                 benchmark=AVERAGE,
                 metric="mean of the benchmarks",
                 method=method,
                 budget=budget,
-                score=float(np.mean([row.score for row in rows])),
+                score=float(np.mean([100 * row.score / row.maximum for row in rows])),
                 tokens=_mean(row.tokens for row in rows),
-                speed=sum(row.questions for row in rows) / sum(seconds) if whole and sum(seconds) else None,
                 questions=sum(row.questions for row in rows),
                 seeds=rows[0].seeds,
                 percent=_mean(row.percent for row in rows),
-                resamples=np.mean([row.resamples for row in rows], axis=0),
+                resamples=np.mean([100 * row.resamples / row.maximum for row in rows], axis=0),
                 percent_resamples=np.mean([row.percent_resamples for row in rows], axis=0),
             )
         )
@@ -156,12 +158,8 @@ def _against(row: Row, full: Row, baseline: Row | None) -> Row:
         percent=percent,
         percent_resamples=percents,
         percent_interval=None if row is full or percent is None else interval(percents),
-        versus_none=_ratio(row.speed, full.speed),
     )
-    if baseline is None:
-        return row
-    row = replace(row, versus_random=_ratio(row.speed, baseline.speed))
-    if row.method == BASELINE:
+    if baseline is None or row.method == BASELINE:
         return row
     return replace(
         row,
@@ -186,10 +184,6 @@ def _ranked(rows: Sequence[Row]) -> list[Row]:
 
 def _ordered(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.budget is not None, -(row.budget or 0), row.rank or 0, row.method))
-
-
-def _ratio(value: float | None, other: float | None) -> float | None:
-    return value / other if value and other else None
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

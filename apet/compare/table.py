@@ -4,19 +4,23 @@ import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from apet.bench.timing import Timing
 from apet.compare.bootstrap import RESAMPLES
+from apet.compare.cost import ANSWER_TOKENS, ROUNDS, Cost
 from apet.compare.difficulty import SplitRow
 from apet.compare.execute import Finished
 from apet.compare.plan import UNCOMPRESSED, Skip
 from apet.compare.results import AVERAGE, Interval, Row
 from apet.eval.benchmarks.files import replacing
 
-_HEADER = ("method", "budget", "tokens", "score", "% of none", "95 %", "rank", "above random", "95 %",
-           "speed / none", "speed / random", "seeds")  # fmt: skip
+_HEADER = ("method", "budget", "tokens", "score", "% of none", "95 %", "rank", "above random", "95 %", "seeds")
+_COST_HEADER = ("TTFT, ms", "sooner than none", "than random", "questions/s", "/ none", "/ random", "memory, MiB")
 _SPLIT_HEADER = ("method", "budget", "hard, %", "questions", "easy, %", "questions")
 _CSV = ("benchmark", "metric", "method", "budget", "tokens", "score", "spread", "percent", "percent_low",
-        "percent_high", "rank", "difference", "difference_low", "difference_high", "speed", "versus_none",
-        "versus_random", "seeds", "questions")  # fmt: skip
+        "percent_high", "rank", "difference", "difference_low", "difference_high", "seeds", "questions")  # fmt: skip
+_CSV_COST = ("first_token_ms", "first_token_p10", "first_token_p90", "first_token_none", "first_token_random",
+             "questions_per_second", "questions_per_second_p10", "questions_per_second_p90", "rate_none", "rate_random",
+             "peak_bytes")  # fmt: skip
 
 
 def markdown(
@@ -25,12 +29,21 @@ def markdown(
     skips: Sequence[Skip],
     split: Mapping[str, Sequence[SplitRow]],
 ) -> str:
-    """Caption, one table per benchmark, what the columns mean, the split by difficulty, and what was not run."""
+    """Caption, one table per benchmark, what the columns mean, the split by difficulty, and what was not run.
+
+    Time and memory are in the first table: they are a method's and no benchmark's.
+    """
     parts = [caption(finished), *(f"NOTE: {note}\n" for note in notes(finished))]
-    for name, rows in tables.items():
+    measured = False
+    for number, (name, rows) in enumerate(tables.items()):
         title = name if name == AVERAGE else f"{name} ({rows[0].metric}, {rows[0].questions:,} questions)"
-        parts.append(f"### {title}\n\n{_aligned([_HEADER, *map(_cells, rows)])}")
-    parts.append(_LEGEND)
+        lines = [_HEADER, *map(_cells, rows)]
+        if number == 0 and any(row.cost for row in rows):
+            measured = True
+            costs = [_COST_HEADER, *(_cost_cells(row.cost) for row in rows)]
+            lines = [(*line, *cost) for line, cost in zip(lines, costs, strict=True)]
+        parts.append(f"### {title}\n\n{_aligned(lines)}")
+    parts.append(_LEGEND + (_COST_LEGEND if measured else ""))
     for name, rows in split.items():
         cells = [(row.method, str(row.budget), _number(row.hard, 1), str(row.n_hard), _number(row.easy, 1),
                   str(row.n_easy)) for row in rows]  # fmt: skip
@@ -73,10 +86,9 @@ def notes(finished: Sequence[Finished]) -> list[str]:
     limited = [name for name in dict.fromkeys(one.task.name for one in finished) if "-first" in name]
     if limited:
         found.append(f"only the first questions were answered and scored ({', '.join(limited)})")
-    places = {tuple(str(one.record["environment"].get(key)) for key in ("device", "batch_size", "threads"))
-              for one in finished}  # fmt: skip
-    if len(places) > 1:
-        found.append("the runs were made on different devices, threads or batch sizes; their speeds do not compare")
+    devices = sorted({str(one.record["environment"].get("device")) for one in finished})
+    if len(devices) > 1:
+        found.append(f"the answers were given on different devices ({', '.join(devices)}), which round differently")
     failures = [one.answers.parent.name for one in finished if one.record["failures"]]
     if failures:
         found.append(f"questions without an answer in {', '.join(failures)}")
@@ -86,22 +98,28 @@ def notes(finished: Sequence[Finished]) -> list[str]:
 def write_csv(path: Path, tables: Mapping[str, Sequence[Row]]) -> None:
     """One line per row of all tables, numbers in full."""
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, _CSV)
+        writer = csv.DictWriter(file, (*_CSV, *_CSV_COST))
         writer.writeheader()
         for row in (row for rows in tables.values() for row in rows):
             values = {name: getattr(row, name, None) for name in _CSV}
             for name in ("percent", "difference"):
                 bounds = getattr(row, f"{name}_interval") or (None, None)
                 values |= {f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
-            writer.writerow(values)
+            writer.writerow(values | ({} if row.cost is None else dict(zip(_CSV_COST, _costs(row.cost), strict=True))))
 
 
 _LEGEND = f"""\
 budget: visual tokens per question asked for, averaged over the decoder layers; tokens: the same as measured. none: the
-uncompressed model. score: mean over the seeds, ± their standard deviation; on average the mean over the benchmarks.
+uncompressed model. score: mean over the seeds, ± their standard deviation; on average the mean over the benchmarks, MME
+in percent of its points. % of none: score in percent of the uncompressed model's; on average the mean of these.
 95 %: paired bootstrap over the questions ({RESAMPLES:,} resamples; random selection: mean over its seeds in each).
-rank: at the same budget, 1 is best. above random: points above random selection at the same budget. speed: questions
-per second, without loading the model.
+rank: at the same budget, 1 is best. above random: points above random selection at the same budget.
+"""
+_COST_LEGEND = f"""\
+TTFT: time from the prepared question to the first token, one question at a time, median (10th..90th percentile) of
+{ROUNDS} rounds in which all methods take turns. questions/s: the same in one batch, {ANSWER_TOKENS} tokens each. Here
+nothing is shared between methods. sooner, /: medians of the rounds' ratios. memory: at the worst moment of that batch,
+beyond the loaded model.
 """
 _SPLIT_LEGEND = """\
 Only questions that the uncompressed model answers (correctness of at least 0.5). hard: average pooling to the same
@@ -122,10 +140,32 @@ def _cells(row: Row) -> list[str]:
         "" if row.rank is None else str(row.rank),
         "" if row.difference is None else f"{row.difference:+.2f}",
         _bounds(row.difference_interval, 2),
-        _number(row.versus_none, 2, "x"),
-        _number(row.versus_random, 2, "x"),
         str(row.seeds),
     ]
+
+
+def _cost_cells(cost: Cost | None) -> list[str]:
+    if cost is None:
+        return [""] * len(_COST_HEADER)
+    return [
+        _timing(cost.first_token),
+        _number(cost.first_token_none, 2, "x"),
+        _number(cost.first_token_random, 2, "x"),
+        _timing(cost.rate),
+        _number(cost.rate_none, 2, "x"),
+        _number(cost.rate_random, 2, "x"),
+        f"{cost.memory / 2**20:.1f}",
+    ]
+
+
+def _costs(cost: Cost) -> tuple[float | None, ...]:
+    """In the order of `_CSV_COST`."""
+    first = (*cost.first_token, cost.first_token_none, cost.first_token_random)
+    return (*first, *cost.rate, cost.rate_none, cost.rate_random, cost.memory)
+
+
+def _timing(timing: Timing) -> str:
+    return f"{timing.median:.1f} ({timing.p10:.1f}..{timing.p90:.1f})"
 
 
 def _number(value: float | None, digits: int, unit: str = "") -> str:

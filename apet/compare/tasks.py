@@ -15,6 +15,7 @@ import numpy as np
 from apet.compare.bootstrap import Outcome
 from apet.eval.benchmarks import Question, Score, get_benchmark
 from apet.eval.benchmarks.files import iterate_jsonl, read_answers, read_json, write_json_atomic, write_text_atomic
+from apet.eval.benchmarks.mme import GROUPS, RELEASE, truth_files, write_results
 from apet.eval.benchmarks.textvqa import question_of_prompt
 from apet.eval.data_check import find_data
 from apet.eval.metrics import pope_yes_no
@@ -46,6 +47,8 @@ class Task:
 
     def outcome(self, per_sample: Mapping[str, float], answers: Path) -> Outcome:
         """What the headline score is computed from, question by question."""
+        if self.benchmark == "mme":
+            return _mme_outcome(per_sample)
         ids = tuple(per_sample)
         correct = np.array([per_sample[key] for key in ids], dtype=float)
         if self.benchmark != "pope":
@@ -75,6 +78,8 @@ def open_task(benchmark: str, data: str, out: Path, limit: int | None) -> Task:
             raise ValueError(f"{benchmark}: {path} is not there; --data must name the folder data/README.md describes")
     image_folder = next(path for path in images if path.is_dir())
     questions = get_benchmark(benchmark).read(question_file)
+    if limit is not None and benchmark == "mme":
+        limit += limit % 2  # both questions of a picture, or none
     if limit is None or limit >= len(questions):
         return Task(benchmark, benchmark, folder, question_file, image_folder, tuple(questions))
     name = f"{benchmark}-first{limit}"
@@ -114,6 +119,28 @@ def _textvqa_subset(source: Path, target: Path, questions: list[Question]) -> No
     write_json_atomic(target / _TEXTVQA_ANSWERS, {**content, "data": rows})
 
 
+def _mme_subset(source: Path, target: Path, questions: list[Question]) -> None:
+    asked = {str(Path(str(question.question_id)).with_suffix("")) for question in questions}
+    for category, path in truth_files(source / RELEASE):
+        if f"{category}/{path.stem}" in asked:
+            write_text_atomic(target / RELEASE / category / path.name, path.read_text(encoding="utf-8"))
+
+
+def _mme_outcome(per_sample: Mapping[str, float]) -> Outcome:
+    """Pictures of the Perception categories: the headline is Perception."""
+    pictures: dict[str, list[float]] = {}
+    for key, correct in per_sample.items():
+        pictures.setdefault(key.partition(" | ")[0], []).append(correct)
+    categories = {name: number for number, name in enumerate(GROUPS["Perception"])}
+    kept = {key: both for key, both in pictures.items() if key.partition("/")[0] in categories}
+    if not kept:
+        raise ValueError("MME's headline is Perception, but none of the questions is of its ten categories")
+    points = np.array([(first + second) / 2 + first * second for first, second in kept.values()])
+    return Outcome(
+        tuple(kept), points, strata=np.array([categories[key.partition("/")[0]] for key in kept]), summed=True
+    )
+
+
 def _score_gqa(task: Task, answers: Path) -> Score:
     return get_benchmark("gqa").score(questions=task.folder / _GQA_ANSWERS, predictions=answers)
 
@@ -128,9 +155,15 @@ def _score_textvqa(task: Task, answers: Path) -> Score:
     return get_benchmark("textvqa").score(annotation_file=task.folder / _TEXTVQA_ANSWERS, result_file=answers)
 
 
+def _score_mme(task: Task, answers: Path) -> Score:
+    results = answers.parent / "results"
+    write_results(task.folder / RELEASE, answers, results)
+    return get_benchmark("mme").score(results_dir=results, present_only=True)
+
+
 _SCORERS: dict[str, Callable[[Task, Path], Score]] = {
-    "gqa": _score_gqa, "pope": _score_pope, "textvqa": _score_textvqa,
+    "gqa": _score_gqa, "mme": _score_mme, "pope": _score_pope, "textvqa": _score_textvqa,
 }  # fmt: skip
 _SUBSETS: dict[str, Callable[[Path, Path, list[Question]], Any]] = {
-    "gqa": _gqa_subset, "pope": _pope_subset, "textvqa": _textvqa_subset,
+    "gqa": _gqa_subset, "mme": _mme_subset, "pope": _pope_subset, "textvqa": _textvqa_subset,
 }  # fmt: skip

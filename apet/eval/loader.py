@@ -44,14 +44,14 @@ class LoadedModel(Protocol):
     layers: int
     grid: tuple[int, int]
 
-    def answerer(self, config: ApetConfig, *, share_tower: bool = False, max_new_tokens: int | None = None) -> Answerer:
+    def answerer(self, config: ApetConfig, *, share_tower: bool = False, new_tokens: int | None = None) -> Answerer:
         """The model with this compression, until the next call.
 
         Args:
             config: The compression.
             share_tower: What the vision tower gives for a picture may be kept from one answerer to the next, where the
                 method works behind the tower. Answers are the same, times are not.
-            max_new_tokens: Other than the flag says.
+            new_tokens: For measurements: every answer has exactly so many tokens.
 
         Raises:
             ValueError: The model or the method cannot do it.

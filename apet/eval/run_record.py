@@ -61,15 +61,10 @@ class RunRecord:
         """Record of a run that starts now."""
         digest = hashlib.sha256(Path(options.question_file).expanduser().read_bytes()).hexdigest()
         settings = dict(answerer.settings()) | {"question_file_sha256": digest}
-        environment = {
-            "device": answerer.device,
-            "libraries": {name: _version(name) for name in _LIBRARIES},
-            "python": platform.python_version(),
-            "commit": _commit(),
+        environment = machine(answerer.device) | {
             "batch_size": options.batch_size,
             "num_workers": options.num_workers,
             "chunk": [options.chunk_idx, options.num_chunks],
-            "threads": torch.get_num_threads(),
         }
         return cls(cls.path_for(options.answers_file), settings, environment, questions)
 
@@ -195,6 +190,17 @@ class RunRecord:
         environment = first.environment | {"chunk": [0, len(records)]}
         started = min(record.started for record in records)
         return cls(cls.path_for(target), first.settings, environment, questions, "complete", counts, failures, started)
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What times depend on beside the settings, as far as it may be written down."""
+    return {
+        "device": device,
+        "libraries": {name: _version(name) for name in _LIBRARIES},
+        "python": platform.python_version(),
+        "commit": _commit(),
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _version(name: str) -> str | None:

@@ -5,7 +5,6 @@ They look for this module by its name; it holds what `apet.eval.loader` document
 
 import argparse
 import logging
-from dataclasses import replace
 
 import numpy as np
 from torch import nn
@@ -70,15 +69,14 @@ class LoadedLlava:
         self._features = TowerFeatures()
 
     def answerer(
-        self, config: apet.ApetConfig, *, share_tower: bool = False, max_new_tokens: int | None = None
+        self, config: apet.ApetConfig, *, share_tower: bool = False, new_tokens: int | None = None
     ) -> LlavaAnswerer:
         """The model with this compression."""
         inside = get_method(config.method).needs("vision").keys() - _BEHIND_TOWER
         features = self._features if share_tower and not inside else None
-        generation = self._generation
-        if max_new_tokens is not None:
-            generation = replace(generation, max_new_tokens=max_new_tokens)
-        return LlavaAnswerer(self.model, self._preparer, generation, config, self.model_id, self._path, features)
+        return LlavaAnswerer(
+            self.model, self._preparer, self._generation, config, self.model_id, self._path, features, new_tokens
+        )
 
     def prompt_length(self, question: Question) -> int:
         """Tokens of a question's prompt."""

@@ -142,14 +142,27 @@ def convert(folder: PathLike, experiment: str, duplicates: str = "error") -> Non
         ValueError: Ground truth that cannot be read, or answers that are not those of all its questions.
     """
     folder = Path(folder).expanduser()
-    answers_file = folder / "answers" / f"{experiment}.jsonl"
-    truth = _read_truth(folder / RELEASE)
+    write_results(
+        folder / RELEASE,
+        folder / "answers" / f"{experiment}.jsonl",
+        folder / "eval_tool" / "answers" / experiment,
+        duplicates,
+    )
+
+
+def write_results(release: PathLike, answers_file: PathLike, target: PathLike, duplicates: str = "error") -> None:
+    """Write `{target}/{category}.txt`, the files that are scored, from an answers file and the ground truth `release`.
+
+    Raises:
+        ValueError: As `convert`.
+    """
+    truth = _read_truth(Path(release))
     keyed = [
         (number, _answer_key(row, f"{answers_file} line {number}"), row)
         for number, row in read_jsonl(answers_file, ("question_id", "prompt", "text"))
     ]
     answers = index_unique(keyed, answers_file, duplicates)
-    require_complete(truth, answers, answers_file, folder / RELEASE)
+    require_complete(truth, answers, answers_file, release)
     lines: dict[str, list[str]] = defaultdict(list)
     for key, row in answers.items():
         category, file, question, label = truth[key]
@@ -157,7 +170,7 @@ def convert(folder: PathLike, experiment: str, duplicates: str = "error") -> Non
         answer = re.sub(r"[\t\r\n]", " ", row["text"])
         lines[category].append(f"{file}\t{question}\t{label}\t{answer}\n")
     for category, rows in lines.items():
-        write_text_atomic(folder / "eval_tool" / "answers" / experiment / f"{category}.txt", "".join(rows))
+        write_text_atomic(Path(target) / f"{category}.txt", "".join(rows))
 
 
 def _key(category: str, file: str, question: str) -> str:
@@ -176,7 +189,7 @@ def _answer_key(row: Mapping[str, Any], where: str) -> str:
 def _read_truth(root: Path) -> dict[str, tuple[str, str, str, str]]:
     """Key -> (category, file, question, Yes or No) of every ground-truth line; both published layouts are known."""
     truth: dict[str, tuple[str, str, str, str]] = {}
-    for category, path in _truth_files(root):
+    for category, path in truth_files(root):
         for number, line in enumerate(read_text(path).splitlines(), start=1):
             if not line.strip():
                 continue
@@ -189,7 +202,7 @@ def _read_truth(root: Path) -> dict[str, tuple[str, str, str, str]]:
     return truth
 
 
-def _truth_files(root: Path) -> Iterable[tuple[str, Path]]:
+def truth_files(root: Path) -> Iterable[tuple[str, Path]]:
     """(category, file) for `<category>/*.txt` and `<category>/questions_answers_YN/*.txt`, one level deeper too."""
     for base in (root, root / "MME_Benchmark"):
         for category in CATEGORIES:
