@@ -180,6 +180,19 @@ def test_an_unreachable_budget_is_a_skip_with_its_reason():
     assert (skip.method, skip.tokens) == ("fastv", 32) and "cannot average 32" in skip.reason
 
 
+def test_options_follow_a_colon_and_belong_to_the_method_before_them():
+    text = "apet, apet_plus:quota=false,similarity_floor=none,random,apet_plus:rounds=8"
+    methods = plan.parse_methods(text)
+    assert methods == ["apet", "apet_plus:quota=false,similarity_floor=none", "random", "apet_plus:rounds=8"]
+    cells, _ = plan.plan_cells(methods, [64], 1, 576, 12)
+    options = {"quota": 0, "similarity_floor": None}
+    assert cells[2].config.method == "apet_plus" and cells[2].config.method_options == options
+    assert [cell.name for cell in cells[2:]] == [
+        "apet_plus_quota=false_similarity_floor=none-64", "random-64-seed0", "apet_plus_rounds=8-64"
+    ]  # fmt: skip
+    assert ApetConfig.from_dict(cells[2].config.to_dict()) == cells[2].config
+
+
 def test_all_is_every_method_but_the_uncompressed_one():
     assert {"apet", "random", "fastv"} < set(plan.parse_methods("all")) and "none" not in plan.parse_methods("all")
     assert plan.parse_methods("random, apet,random") == ["random", "apet"]
@@ -190,6 +203,7 @@ def test_all_is_every_method_but_the_uncompressed_one():
     ("function", "text", "word"),
     [
         (plan.parse_methods, "apett", "'apet'"),
+        (plan.parse_methods, "apet_plus:quote=0", "'quota'"),
         (plan.parse_budgets, "64,x", "--tokens"),
         (plan.parse_budgets, ",", "no"),
     ],
@@ -331,6 +345,21 @@ def test_everything_is_answered_scored_and_written(data, capsys):
     none = rows["average", "none", ""]
     assert (none["tokens"], none["percent"], none["rank"]) == ("576.0", "100.0", "")
     check_numbers(out, rows)
+
+
+def test_the_summary_has_a_line_per_method_and_a_column_per_budget(data):
+    out = compare(data, FakeModel(), "--methods", "random,apet,fastv", "--tokens", "192,32", "--no_png", *ALL)
+    rows = read_csv(out)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]]
+             for line in (out / "summary.md").read_text().splitlines() if line.startswith("|")]  # fmt: skip
+    assert lines[0] == ["method", "192 tokens", "32 tokens"]
+    assert [line[0] for line in lines[2:]] == ["apet", "random", "fastv"] and lines[-1][2] == ""  # out of reach
+    for line in lines[2:]:
+        for budget, cell in zip(("192", "32"), line[1:], strict=True):
+            if cell:
+                row = {name: float(rows["average", line[0], budget][name])
+                       for name in ("percent", "percent_low", "percent_high")}  # fmt: skip
+                assert cell == "{percent:.1f} ({percent_low:.1f} .. {percent_high:.1f})".format(**row)
 
 
 def check_numbers(out: Path, rows: dict) -> None:
@@ -550,7 +579,16 @@ def test_a_tiny_checkpoint_from_the_command_line(tmp_path, capsys):
     write_gqa(root, ["image_a.png", "image_b.png"])
     (root / "gqa" / "images").symlink_to(GOLDEN / "images")
     arguments = ["--model-path", str(GOLDEN / "llava-v1.5-tiny"), "--data", str(root), "--benchmarks", "gqa"]
-    arguments += ["--methods", "apet,random,cdpruner", "--tokens", "64", "--seeds", "2", "--out", str(tmp_path / "out")]
+    arguments += [
+        "--methods",
+        "apet,apet_plus:quota=0,random,cdpruner",
+        "--tokens",
+        "64",
+        "--seeds",
+        "2",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     arguments += ["--limit", "3", "--batch_size", "3", "--timed", "1", "--max_new_tokens", "4", "--device", "cpu"]
     assert program.main(arguments) == 0
     rows = read_csv(tmp_path / "out")
@@ -559,6 +597,7 @@ def test_a_tiny_checkpoint_from_the_command_line(tmp_path, capsys):
     assert (
         float(rows["gqa-first3", "apet", "64"]["tokens"]) == 64 == float(rows["gqa-first3", "random", "64"]["tokens"])
     )
+    assert float(rows["gqa-first3", "apet_plus:quota=0", "64"]["tokens"]) == 64
     printed = capsys.readouterr().out
     assert "only the first questions were answered and scored (gqa-first3)" in printed
     assert "**llava-v1.5-tiny**: dtype float32" in printed

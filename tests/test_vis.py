@@ -24,7 +24,7 @@ def traced(config: apet.ApetConfig) -> tuple[MethodTrace, apet.CompressionResult
     with apet.patched(model, config), listening(config.method) as decisions, torch.no_grad():
         model.generate(**batch([MIXED_ROWS[0]]), max_new_tokens=1)
         result = apet.last_result(model)
-    return trace(result, decisions, "yes"), result
+    return trace(config.method, result, decisions, "yes"), result
 
 
 def test_groups_and_errors_are_in_the_coordinates_of_the_image():

@@ -12,7 +12,7 @@ from apet.compare.execute import Place, execute
 from apet.compare.plan import parse_budgets, parse_methods, parse_names, plan_cells
 from apet.compare.plot import TIME, TOKENS, check_matplotlib, write_png
 from apet.compare.results import rows_of
-from apet.compare.table import has_random_weights, markdown, write_csv
+from apet.compare.table import has_random_weights, markdown, summary, write_csv
 from apet.compare.tasks import open_task
 from apet.eval.benchmarks.files import write_text_atomic
 from apet.eval.loader import LoadedModel, add_loader_flag, run_program
@@ -73,6 +73,7 @@ def compare(args: argparse.Namespace, loader: ModuleType) -> None:
         tables, finished, [*unreachable, *refused], split_by_difficulty(finished) if args.difficulty else {}
     )
     write_text_atomic(out / "table.md", text)
+    write_text_atomic(out / "summary.md", summary(tables, finished))
     write_csv(out / "table.csv", tables)
     print(text, end="")
     if not args.no_png:

@@ -1,14 +1,16 @@
 """What is compared: one cell per method, budget and seed, and the reasons why others are left out."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from apet.config import ApetConfig
-from apet.methods import get_method, method_names
+from apet.methods import get_method, method_names, parse_method
 
 # Methods whose selection depends on the seed; every other one gives the same answers with every seed.
 DRAWS_AT_RANDOM = ("random",)
 UNCOMPRESSED = "none"
+_NO_FILE_NAME = re.compile(r"[^\w.=+-]+")
 BASELINE = "random"  # what every method is set against
 
 
@@ -17,7 +19,7 @@ class Cell:
     """One compression that is run over all benchmarks.
 
     Attributes:
-        method: Registered name.
+        method: Registered name, with options as `parse_method` reads them.
         tokens: Visual tokens per image asked for, averaged over the decoder layers; None for the uncompressed model.
         seed: Seed of a method that draws at random, None for the others.
         config: What the model is patched with.
@@ -30,8 +32,8 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Folder and file name: "random-64-seed1"."""
-        parts = [self.method, *([] if self.tokens is None else [str(self.tokens)])]
+        """Folder and file name: "random-64-seed1", "apet_plus_quota=0-64"."""
+        parts = [_NO_FILE_NAME.sub("_", self.method), *([] if self.tokens is None else [str(self.tokens)])]
         return "-".join([*parts, *([] if self.seed is None else [f"seed{self.seed}"])])
 
 
@@ -40,7 +42,7 @@ class Skip:
     """A method that does not run at a budget.
 
     Attributes:
-        method: Registered name.
+        method: Registered name, with options.
         tokens: Budget.
         reason: Why not.
     """
@@ -58,38 +60,45 @@ def plan_cells(
     A budget of all tokens of an image is the uncompressed cell.
 
     Args:
-        methods: Registered names.
+        methods: Registered names, with options.
         budgets: Visual tokens per image, averaged over the decoder layers.
         seeds: Number of seeds of methods that draw at random.
         image_tokens: Visual tokens of an uncompressed image.
         layers: Decoder layers of the model.
     """
     cells, skips = [Cell(UNCOMPRESSED, None, None, ApetConfig(method=UNCOMPRESSED))], []
-    for name in methods:
+    for text in methods:
+        name, options = parse_method(text)
         for tokens in budgets:
             if name == UNCOMPRESSED or tokens >= image_tokens:
                 continue
             try:
-                fields = get_method(name).plan(tokens, image_tokens, layers)
+                fields = get_method(name, **options).plan(tokens, image_tokens, layers)
                 for seed in range(seeds) if name in DRAWS_AT_RANDOM else (None,):
-                    cells.append(Cell(name, tokens, seed, ApetConfig(method=name, seed=seed or 0, **fields)))
+                    config = ApetConfig(method=name, method_options=options, seed=seed or 0, **fields)
+                    cells.append(Cell(text, tokens, seed, config))
             except ValueError as error:
-                skips.append(Skip(name, tokens, str(error)))
+                skips.append(Skip(text, tokens, str(error)))
     return cells, skips
 
 
 def parse_methods(text: str) -> list[str]:
-    """Names in the order given; "all" stands for every registered method but the uncompressed one.
+    """Methods in the order given, each with its options; "all" stands for every registered one but the uncompressed.
+
+    Options follow a colon: ``apet,apet_plus:quota=0,merge=false,random`` are three methods.
 
     Raises:
-        ValueError: An unknown name, or none at all.
+        ValueError: An unknown name or option, or no method at all.
     """
-    names: list[str] = []
+    methods: list[str] = []
     for word in _words(text, "--methods"):
-        names += [name for name in method_names() if name != UNCOMPRESSED] if word == "all" else [word]
-    for name in names:
-        get_method(name)
-    return list(dict.fromkeys(names))
+        if "=" in word and ":" not in word and methods:
+            methods[-1] += f",{word}"
+        else:
+            methods += [name for name in method_names() if name != UNCOMPRESSED] if word == "all" else [word]
+    for method in methods:
+        parse_method(method)
+    return list(dict.fromkeys(methods))
 
 
 def parse_budgets(text: str) -> list[int]:

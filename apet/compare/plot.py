@@ -74,7 +74,7 @@ def _panel(axis: Any, name: str, rows: Sequence[Row], methods: Sequence[str], ag
         axis.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
         axis.minorticks_off()
     axis.set(xlabel=against.label, title="mean of the benchmarks" if percent else name)
-    axis.set_ylabel("% of uncompressed" if percent else f"{full.metric}, %")
+    axis.set_ylabel("% of uncompressed" if percent else f"{full.metric}, {'%' if full.maximum == 100 else 'points'}")
     axis.grid(alpha=0.3)
 
 

@@ -56,6 +56,25 @@ def markdown(
     return "\n".join(parts)
 
 
+def summary(tables: Mapping[str, Sequence[Row]], finished: Sequence[Finished]) -> str:
+    """The first table in short: percent of the uncompressed model, a line per method, a column per budget.
+
+    The best at the smallest budget comes first.
+    """
+    name, rows = next(iter(tables.items()))
+    budgets = sorted({row.budget for row in rows if row.budget is not None}, reverse=True)
+    cells = {(row.method, row.budget): row for row in rows if row.budget is not None}
+    methods = list(dict.fromkeys(method for method, _ in cells))
+    methods.sort(key=lambda method: [-_percent_or_less(cells.get((method, budget))) for budget in reversed(budgets)])
+    lines = [(method, *(_share(cells.get((method, budget))) for budget in budgets)) for method in methods]
+    full = next(row for row in rows if row.method == UNCOMPRESSED)
+    what = "mean over the benchmarks" if name == AVERAGE else f"{name}, {full.metric}"
+    title = f"Percent of the uncompressed model ({what}; uncompressed: {full.score:.2f}) and 95 % interval.\n"
+    header = ("method", *(f"{budget} tokens" for budget in budgets))
+    return "\n".join([caption(finished), *(f"NOTE: {note}\n" for note in notes(finished)), title,
+                      _aligned([header, *lines])])  # fmt: skip
+
+
 def caption(finished: Sequence[Finished]) -> str:
     """Model, precision, device, batch size and versions, as the run records have them."""
     record = finished[0].record
@@ -166,6 +185,17 @@ def _costs(cost: Cost) -> tuple[float | None, ...]:
 
 def _timing(timing: Timing) -> str:
     return f"{timing.median:.1f} ({timing.p10:.1f}..{timing.p90:.1f})"
+
+
+def _percent_or_less(row: Row | None) -> float:
+    return -1.0 if row is None or row.percent is None else row.percent
+
+
+def _share(row: Row | None) -> str:
+    if row is None or row.percent is None:
+        return ""
+    low, high = row.percent_interval or (row.percent, row.percent)
+    return f"{row.percent:.1f} ({low:.1f} .. {high:.1f})"
 
 
 def _number(value: float | None, digits: int, unit: str = "") -> str:

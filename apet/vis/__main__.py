@@ -19,7 +19,7 @@ from apet.eval.cli import add_compression_flags, config_from_flags
 from apet.eval.images import ImageError, open_images
 from apet.eval.loader import LoadedModel, add_loader_flag, run_program
 from apet.eval.scoring_cli import Parser
-from apet.methods import get_method
+from apet.methods import get_method, parse_method
 from apet.vis.draw import draw
 from apet.vis.trace import MethodTrace, listening, trace
 
@@ -60,7 +60,7 @@ def visualise(args: argparse.Namespace, loader: ModuleType) -> None:
     traces, image, refused = [], None, []
     for method in methods:
         try:
-            one, image = _trace(loaded, _config(args, method, loaded), question, images)
+            one, image = _trace(loaded, method, _config(args, method, loaded), question, images)
             traces.append(one)
         except ValueError as error:
             refused.append(f"{method}: {error}")
@@ -75,15 +75,16 @@ def visualise(args: argparse.Namespace, loader: ModuleType) -> None:
 
 def _config(args: argparse.Namespace, method: str, loaded: LoadedModel) -> ApetConfig:
     """The flags' budgets, or `--tokens` spent the method's way."""
+    name, options = parse_method(method)
     if args.tokens is None:
-        config = replace(config_from_flags(args), method=method)
+        config = replace(config_from_flags(args), method=name, method_options=options)
     else:
         given = config_from_flags(args)
-        fields = get_method(method).plan(args.tokens, loaded.image_tokens, loaded.layers)
+        fields = get_method(name, **options).plan(args.tokens, loaded.image_tokens, loaded.layers)
         # The budget flags fall back to their defaults; everything else about the method stays.
         empty = {"visual_token_num": None, "image_token_ratio": None, "layer_list": (), "image_token_list": (),
                  "image_token_ratio_list": ()}  # fmt: skip
-        config = replace(given, **empty | fields, method=method)
+        config = replace(given, **empty | fields, method=name, method_options=options)
     budget = config.visual_token_num
     if (
         not config.layer_list
@@ -97,14 +98,14 @@ def _config(args: argparse.Namespace, method: str, loaded: LoadedModel) -> ApetC
 
 
 def _trace(
-    loaded: LoadedModel, config: ApetConfig, question: Question, images: Sequence[Any]
+    loaded: LoadedModel, method: str, config: ApetConfig, question: Question, images: Sequence[Any]
 ) -> tuple[MethodTrace, np.ndarray]:
     """What the method did, and the picture as the model sees it."""
     answerer = loaded.answerer(config)
     prepared = answerer.preparer.prepare(question, images)
     with listening(config.method) as decisions:
         (answer,) = answerer.answer([prepared])
-    return trace(apet.last_result(loaded.model), decisions, answer.text), loaded.seen(prepared)
+    return trace(method, apet.last_result(loaded.model), decisions, answer.text), loaded.seen(prepared)
 
 
 def _write(out: Path, image: np.ndarray, grid: tuple[int, int], traces: Sequence[MethodTrace], question: str) -> None:

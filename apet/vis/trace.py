@@ -39,7 +39,7 @@ class MethodTrace:
     """One method on one image.
 
     Attributes:
-        method: Registered name.
+        method: Registered name, with options.
         tokens: Visual tokens averaged over the decoder layers.
         answer: What the model said.
         stages: In the order they ran.
@@ -84,10 +84,11 @@ def listening(method: str) -> Iterator[Decisions]:
         cls.select = original
 
 
-def trace(result: CompressionResult, decisions: Decisions, answer: str) -> MethodTrace:
+def trace(method: str, result: CompressionResult, decisions: Decisions, answer: str) -> MethodTrace:
     """Bring a result of one sample with one image, and what the method decided, into the image's coordinates.
 
     Args:
+        method: Its name in the picture.
         result: `apet.last_result` of the model.
         decisions: Collected by `listening` in the same call.
         answer: What the model said.
@@ -106,7 +107,7 @@ def trace(result: CompressionResult, decisions: Decisions, answer: str) -> Metho
             errors = _spread(decided.errors[0].float().cpu().numpy(), before, tokens)
         stages.append(StageTrace(stage.name, kept, groups, errors))
         before = kept
-    return MethodTrace(result.config.method, result.layer_averaged_tokens[0], answer, tuple(stages))
+    return MethodTrace(method, result.layer_averaged_tokens[0], answer, tuple(stages))
 
 
 def _spread(errors: np.ndarray, places: np.ndarray, tokens: int) -> np.ndarray | None:
