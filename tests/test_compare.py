@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -601,3 +602,10 @@ def test_a_tiny_checkpoint_from_the_command_line(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "only the first questions were answered and scored (gqa-first3)" in printed
     assert "**llava-v1.5-tiny**: dtype float32" in printed
+
+
+def test_the_documented_ablation_names_variants_that_exist():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r'--methods \\\n\s*"(.*?)"', page, re.DOTALL)
+    methods = plan.parse_methods(re.sub(r"\\\n\s*", "", text).replace("$P", "apet_plus"))
+    assert len(methods) > 12 and {"apet", "random", "apet_plus"} < set(methods)
