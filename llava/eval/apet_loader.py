@@ -20,7 +20,7 @@ from llava.eval.tower_features import TowerFeatures
 from llava.mm_utils import get_model_name_from_path
 
 # What a method's vision stage may ask for without a look into the tower.
-_BEHIND_TOWER = {"text_embeddings"}
+BEHIND_TOWER = {"text_embeddings"}
 
 
 def add_flags(parser: Parser) -> None:
@@ -72,7 +72,7 @@ class LoadedLlava:
         self, config: apet.ApetConfig, *, share_tower: bool = False, new_tokens: int | None = None
     ) -> LlavaAnswerer:
         """The model with this compression."""
-        inside = get_method(config.method, **config.method_options).needs("vision").keys() - _BEHIND_TOWER
+        inside = get_method(config.method, **config.method_options).needs("vision").keys() - BEHIND_TOWER
         features = self._features if share_tower and not inside else None
         return LlavaAnswerer(
             self.model, self._preparer, self._generation, config, self.model_id, self._path, features, new_tokens

@@ -77,9 +77,13 @@ def test_a_method_that_looks_into_the_tower_runs_it(loaded):
             answers(loaded.answerer(config, share_tower=True))
             seen.clear()
             answers(loaded.answerer(config, share_tower=True))
-            inside = set(get_method(name).needs("vision")) & {"cls_attention", "vision_keys", "clip_relevance"}
+            inside = get_method(name).needs("vision").keys() - apet_loader.BEHIND_TOWER
             assert bool(seen) == bool(inside), name
     handle.remove()
+
+
+def test_nothing_read_inside_the_tower_counts_as_behind_it():
+    assert not apet_loader.BEHIND_TOWER & {"cls_attention", "vision_keys", "clip_relevance"}
 
 
 def test_a_picture_that_is_missing_is_noticed_when_it_is_looked_at(tmp_path):
