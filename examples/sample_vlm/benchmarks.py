@@ -2,7 +2,8 @@
 
     python -m examples.sample_vlm.benchmarks --out data/sample/eval
 
-Every benchmark draws its own pictures from the `test` split. The files are a function of the seed alone.
+Every benchmark draws its own pictures, from the `test` split unless told otherwise. The files are a function of the
+seed and the split alone.
 """
 
 import argparse
@@ -39,19 +40,25 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("data/sample/eval"))
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the pictures to write (for trials)")
+    parser.add_argument(
+        "--split",
+        choices=("train", "test"),
+        default="test",
+        help="train: pictures to choose settings on, so that the test pictures stay unseen",
+    )
     args = parser.parse_args(argv)
     for number, (name, write) in enumerate(tqdm(WRITERS.items(), desc="benchmarks")):
         folder = args.out / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write(folder, np.random.default_rng([args.seed, number]), args.scale)
+        write(folder, np.random.default_rng([args.seed, number]), args.scale, args.split)
 
 
-def write_gqa(folder: Path, rng: np.random.Generator, scale: float = 1.0) -> None:
+def write_gqa(folder: Path, rng: np.random.Generator, scale: float = 1.0, split: str = "test") -> None:
     """`llava_gqa_testdev_balanced.jsonl`, `testdev_balanced_questions.json` and `images/`."""
     rows, annotations = [], {}
     for number in range(_count(GQA_IMAGES, scale)):
-        scene = make_scene(rng, "test")
+        scene = make_scene(rng, split)
         image_id = f"n{number:06d}"
         _save(scene, folder / "images" / f"{image_id}.jpg")
         for question in _varied(scene, rng, GQA_PER_IMAGE):
@@ -63,14 +70,14 @@ def write_gqa(folder: Path, rng: np.random.Generator, scale: float = 1.0) -> Non
     (folder / "testdev_balanced_questions.json").write_text(json.dumps(annotations, indent=0))
 
 
-def write_pope(folder: Path, rng: np.random.Generator, scale: float = 1.0) -> None:
+def write_pope(folder: Path, rng: np.random.Generator, scale: float = 1.0, split: str = "test") -> None:
     """`llava_pope_test.jsonl`, `coco/coco_pope_<category>.json` and `val2014/`.
 
     Each picture is asked about two coloured shapes it shows and two it does not: any absent ones (random), absent ones
     that are frequent in the other pictures (popular), absent ones that share a colour or a shape with a present one
     (adversarial).
     """
-    scenes = [_scene_with(rng, lambda s: len(_pairs(s)) >= 2) for _ in range(_count(POPE_IMAGES, scale))]
+    scenes = [_scene_with(rng, split, lambda s: len(_pairs(s)) >= 2) for _ in range(_count(POPE_IMAGES, scale))]
     frequency = Counter(pair for scene in scenes for pair in _pairs(scene))
     names = [f"COCO_val2014_{number:012d}.jpg" for number in range(1, len(scenes) + 1)]
     for name, scene in zip(names, scenes, strict=True):
@@ -90,11 +97,11 @@ def write_pope(folder: Path, rng: np.random.Generator, scale: float = 1.0) -> No
     _write_jsonl(folder / "llava_pope_test.jsonl", rows)
 
 
-def write_textvqa(folder: Path, rng: np.random.Generator, scale: float = 1.0) -> None:
+def write_textvqa(folder: Path, rng: np.random.Generator, scale: float = 1.0, split: str = "test") -> None:
     """`llava_textvqa_val_v051_ocr.jsonl` (its OCR line empty), `TextVQA_0.5.1_val.json` and `train_images/`."""
     rows, data = [], []
     for number in range(_count(TEXTVQA_IMAGES, scale)):
-        scene = _scene_with(rng, lambda s: s.of("word") and s.of("digit"), want=("word", "digit"))
+        scene = _scene_with(rng, split, lambda s: s.of("word") and s.of("digit"), want=("word", "digit"))
         image_id = f"{number:016x}"
         _save(scene, folder / "train_images" / f"{image_id}.jpg")
         for maker in (q.word, q.digit):
@@ -125,13 +132,13 @@ def write_textvqa(folder: Path, rng: np.random.Generator, scale: float = 1.0) ->
     (folder / "TextVQA_0.5.1_val.json").write_text(json.dumps(content, indent=0))
 
 
-def write_mme(folder: Path, rng: np.random.Generator, scale: float = 1.0) -> None:
+def write_mme(folder: Path, rng: np.random.Generator, scale: float = 1.0, split: str = "test") -> None:
     """`llava_mme.jsonl` and `MME_Benchmark_release_version/<category>/`: one "yes" and one "no" per picture."""
     rows = []
     for category, maker in MME_MAKERS.items():
         target = folder / "MME_Benchmark_release_version" / category
         for number in range(_count(MME_IMAGES, scale)):
-            scene, pair = _mme_pair(rng, maker)
+            scene, pair = _mme_pair(rng, split, maker)
             name = f"{number:06d}"
             _save(scene, target / f"{name}.jpg")
             path = f"{category}/{name}.jpg"
@@ -144,20 +151,20 @@ def write_mme(folder: Path, rng: np.random.Generator, scale: float = 1.0) -> Non
 WRITERS = {"gqa": write_gqa, "pope": write_pope, "textvqa": write_textvqa, "MME": write_mme}
 
 
-def _mme_pair(rng: np.random.Generator, maker: q.Maker) -> tuple[Scene, list[q.Question]]:
+def _mme_pair(rng: np.random.Generator, split: str, maker: q.Maker) -> tuple[Scene, list[q.Question]]:
     """A scene for which the maker has a "yes" and a "no" question, and the two."""
     want = ("word",) if maker is q.word_verify else ()
     while True:
-        scene = make_scene(rng, "test", want=want)
+        scene = make_scene(rng, split, want=want)
         pair = [maker(scene, rng, True), maker(scene, rng, False)]
         if None not in pair:
             return scene, pair
 
 
-def _scene_with(rng: np.random.Generator, good, want: tuple[str, ...] = ()) -> Scene:
-    """A test scene that satisfies `good`."""
+def _scene_with(rng: np.random.Generator, split: str, good, want: tuple[str, ...] = ()) -> Scene:
+    """A scene of a split that satisfies `good`."""
     while True:
-        scene = make_scene(rng, "test", want=want)
+        scene = make_scene(rng, split, want=want)
         if good(scene):
             return scene
 

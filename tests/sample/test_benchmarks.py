@@ -105,3 +105,10 @@ def test_committed_sizes():
     assert len(list((COMMITTED / "gqa" / "images").iterdir())) >= 200
     pictures = [p.stat().st_size for p in COMMITTED.rglob("*.jpg")]
     assert sum(pictures) <= 20e6
+
+
+def test_train_pictures_are_others(small_benchmarks, tmp_path):
+    """Settings are chosen on pictures of photographs, digits and words that the benchmarks do not have."""
+    benchmarks.main(["--out", str(tmp_path), "--scale", "0.02", "--split", "train"])
+    name = "gqa/llava_gqa_testdev_balanced.jsonl"
+    assert (tmp_path / name).read_text() != (small_benchmarks / name).read_text()
