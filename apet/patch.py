@@ -9,11 +9,13 @@ from torch import nn
 from apet.adapters import Adapter, adapter_for
 from apet.adapters.decoder import DecoderPatch, Stage, StageRun
 from apet.adapters.encoder import EncoderLog
+from apet.adapters.inputs import DECODER_INPUTS, TOWER_INPUTS
 from apet.adapters.tower import TowerDepth
 from apet.adapters.vision import ImageLayout, VisionStage
 from apet.config import ApetConfig, check_not_growing
 from apet.methods import selector
 from apet.methods.base import Selector
+from apet.methods.context import missing_input
 from apet.result import CompressionResult, StageResult
 
 _PATCH = "_apet_patch"
@@ -191,23 +193,52 @@ def _build_stages(adapter: Adapter, config: ApetConfig) -> tuple[VisionStage | N
         _refuse_sliding_window(adapter)
     vision, stages = None, []
     published = config.compat == "published"
-    vision_select = None
-    if vision_budget is not None or config.video_token_num is not None:
-        vision_select = selector(config, "vision", adapter.preset.vision, num_layers=num_layers, available=())
-    if adapter.projector is not None:
-        per_image = config.budget_per == "image"
-        vision = VisionStage(adapter.projector, vision_budget, vision_select, per_image, published)
-    if vision is not None and vision_budget is not None:
-        stages.append(Stage("vision", 0, vision_budget, None))
-    elif vision is None and vision_select is not None:
-        stages.append(_embedded_stage(adapter, config, vision_select))
     window = vision_budget if published else None
     pool = "prompt" if config.budget_per == "prompt" else "item"
     for layer, budget in zip(config.layer_list, layer_budgets, strict=True):
-        select = selector(config, "llm", adapter.preset.llm, layer=layer, num_layers=num_layers, available=())
+        select = selector(
+            config, "llm", adapter.preset.llm, layer=layer, num_layers=num_layers, available=DECODER_INPUTS
+        )
         stages.append(Stage(f"layer {layer}", layer, budget, select, window, pool))
         window = budget if published else None
+    sizes = any(stage.select.reads_sizes for stage in stages)
+    select = None
+    if vision_budget is not None or config.video_token_num is not None:
+        select = _vision_selector(adapter, config)
+    # Text is known when the prompt is put together: a method that reads it chooses among the embedded image tokens.
+    embedded = adapter.projector is None or (select is not None and "text_embeddings" in select.needs)
+    if adapter.projector is not None:
+        per_image = config.budget_per == "image"
+        tower = adapter.towers[0] if adapter.towers else None
+        vision = VisionStage(
+            adapter.projector, None if embedded else vision_budget, select, per_image, published, tower,
+            keep_sizes=sizes, keep_features=embedded,
+        )  # fmt: skip
+    if embedded and select is not None:
+        stages.insert(0, _embedded_stage(adapter, config, select))
+    elif vision_budget is not None:
+        stages.insert(0, Stage("vision", 0, vision_budget, None))
     return vision, stages
+
+
+def _vision_selector(adapter: Adapter, config: ApetConfig) -> Selector:
+    """The method at the vision stage, with what the family has for it.
+
+    Raises:
+        ValueError: The method asks for something the family does not have.
+    """
+    available = {"text_embeddings"} if adapter.projector is None or adapter.single_crop else set()
+    layers = getattr(getattr(adapter.towers[0], "encoder", None), "layers", ()) if adapter.towers else ()
+    if adapter.projector is not None and len(layers):
+        available |= TOWER_INPUTS
+    select = selector(
+        config, "vision", adapter.preset.vision, num_layers=len(adapter.layers), available=available
+    )  # fmt: skip
+    for name, wanted in select.needs.items():
+        if any(not -len(layers) <= layer < len(layers) for layer in wanted):
+            reason = f"the vision tower has {len(layers)} layers"
+            raise ValueError(missing_input(select.method.name, name, wanted, "vision", reason))
+    return select
 
 
 def _embedded_stage(adapter: Adapter, config: ApetConfig, select: Selector) -> Stage:
@@ -218,7 +249,8 @@ def _embedded_stage(adapter: Adapter, config: ApetConfig, select: Selector) -> S
     videos = None
     if adapter.videos is not None:
         per_frame = _per_frame(adapter, config)
-        video_select = selector(config, "vision", adapter.preset.frame, available=()) if per_frame else select
+        text = {"text_embeddings"}
+        video_select = selector(config, "vision", adapter.preset.frame, available=text) if per_frame else select
         video_budget = budget if config.video_token_num is None else config.video_token_num
         videos = Stage("vision", 0, video_budget, video_select, pool="segment" if per_frame else "item")
     return Stage("vision", 0, budget, select, pool="segment" if config.budget_per == "crop" else "item", videos=videos)

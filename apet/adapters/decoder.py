@@ -12,7 +12,7 @@ one forward.
 import inspect
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,10 @@ from transformers.masking_utils import create_causal_mask
 
 from apet.adapters.base import Adapter
 from apet.adapters.encoder import EncoderLog
+from apet.adapters.inputs import BlockInputs, StageView
 from apet.adapters.layout import Block, Item, Layout, Segment, Unit, follows, layout_from_ids, to_device
 from apet.adapters.vision import Budget, ImageRecord, Select, VisionStage, budget_for
+from apet.core.types import token_sizes
 
 _STATE = "_apet_state"
 _PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
@@ -88,13 +90,15 @@ class _Choice:
         way: Number of columns kept where only the device knows which, or their positions in the unit.
         indices: (K,) kept positions in the unit.
         tokens: (K', D) new content of kept tokens, None where they stay as they are.
-        places: (K',) columns of the shortened unit that `tokens` go to.
+        places: (K',) columns of the shortened unit that `tokens` go to; all of them without `tokens`.
+        sizes: (K',) image tokens behind each of them, if anything asks for sizes.
     """
 
     way: int | np.ndarray
     indices: Tensor
     tokens: Tensor | None = None
     places: np.ndarray | None = None
+    sizes: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -151,6 +155,9 @@ class _Call:
     ids: Tensor | None = None
     items: Tensor | None = None
     records: tuple[ImageRecord, ...] | None = None
+    entry: tuple[Tensor, Layout] | None = None
+    taps: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
+    sizes: Tensor | None = None
     runs: list[StageRun] = field(default_factory=list)
     overrides: dict[int, tuple[Tensor | None, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
@@ -170,6 +177,10 @@ class DecoderPatch:
         self._stages = {stage.layer: stage for stage in stages}
         self._keep_positions = positions == "keep"
         self._vision, self._encoder = vision, encoder
+        rules = [rule for stage in stages for rule in (stage, stage.videos) if rule is not None and rule.select]
+        self._asks = any(rule.select.needs for rule in rules)
+        self._tapped = {rule.layer - 1 for rule in rules if any(-1 in layers for layers in rule.select.needs.values())}
+        self._sizes = any(rule.select.reads_sizes for rule in rules)
         self._local = threading.local()
         self._base_names = list(inspect.signature(adapter.base_model.forward).parameters)
         self.prompt: tuple[Unit, ...] = ()
@@ -234,6 +245,9 @@ class DecoderPatch:
         call.positions = self._rotary_positions(kwargs.get("position_ids"), embeds)
         last = to_device(call.layout.last_valid, embeds.device).view(-1, 1).expand(*call.positions.shape[:-1], 1)
         call.state = _State(embeds.shape[1], call.positions.gather(-1, last))
+        if self._sizes:
+            call.sizes = torch.ones(embeds.shape[:2], device=embeds.device)
+        call.entry = (embeds, call.layout) if self._asks else None
         stage = self._stages.get(0)
         if stage is None:
             return kwargs
@@ -241,6 +255,7 @@ class DecoderPatch:
         embeds, source = self._run_stage(call, stage, embeds)
         if source is None:
             return kwargs
+        call.entry = (embeds, call.layout) if self._asks else None
         kwargs = self._adapter.shorten_inputs(kwargs, before, call.layout, source)
         mask = call.state.groups[-1].mask
         if mask is None and call.cache is None:
@@ -260,7 +275,11 @@ class DecoderPatch:
                 setattr(call.cache, _STATE, call.state)
             stage = self._stages.get(index) if index > 0 else None
             if stage is not None:
-                hidden, _ = self._run_stage(call, stage, hidden)
+                group = call.state.group_of(index)
+                rotary = kwargs["position_embeddings"]
+                if group is not None and group.first > 0:
+                    _, rotary = call.overrides[group.first]
+                hidden, _ = self._run_stage(call, stage, hidden, rotary)
         group = call.state.group_of(index)
         if group is not None and group.first > 0:
             if group.first not in call.overrides:
@@ -269,6 +288,8 @@ class DecoderPatch:
             # Positions are needed for the rotary embeddings only; handed to the layers they would only make
             # FlashAttention look for packed sequences.
             kwargs = kwargs | {"attention_mask": mask, "position_embeddings": embeddings, "position_ids": None}
+        if call.prefill and index in self._tapped:
+            call.taps[index] = hidden, kwargs["position_embeddings"]
         return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
 
     def _rotary_positions(self, positions: Tensor | None, embeds: Tensor) -> Tensor:
@@ -281,14 +302,19 @@ class DecoderPatch:
         # A row in front of the three is the text position, which no rotary embedding reads.
         return positions[-axes:].expand(axes, embeds.shape[0], -1)
 
-    def _run_stage(self, call: _Call, stage: Stage, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Shorten `hidden` (B, L, D) at a stage; returns it and its old columns (B, L'), None if none was dropped."""
+    def _run_stage(
+        self, call: _Call, stage: Stage, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Shorten `hidden` (B, L, D) at a stage; returns it and its old columns (B, L'), None if none was dropped.
+
+        `rotary` are the rotary embeddings of its columns, which the stage in front of layer 0 does not have.
+        """
         call.layout = call.layout.joined(lambda segment: stage.rule(segment).pool == "segment")
         units = call.layout.units(stage.unit_key)
         if stage.select is None:
             choices = [_vision_choice(call.records[unit.item], unit, hidden.device) for unit in units]
         else:
-            choices = self._select(stage, units, hidden)
+            choices = self._select(call, stage, units, hidden, rotary)
         call.runs.append(_report(stage, self.prompt, units, choices))
         if all(choice.count == unit.length for choice, unit in zip(choices, units, strict=True)):
             return hidden, None
@@ -304,9 +330,14 @@ class DecoderPatch:
             columns = np.stack([places[member] for member in members])
             source[to_device(rows, hidden.device), to_device(columns, hidden.device)] = starts + indices
         packed = _take(hidden, source)
+        sizes = None if call.sizes is None else call.sizes.gather(1, source)
         for unit, choice, columns in zip(units, choices, places, strict=True):
             if choice.tokens is not None:
                 packed[unit.row, to_device(columns[choice.places], hidden.device)] = choice.tokens
+            if choice.sizes is not None:
+                at = columns if choice.places is None else columns[choice.places]
+                sizes[unit.row, to_device(at, hidden.device)] = choice.sizes
+        call.sizes = sizes
         call.shortened = call.shortened | (move.layout.valid.sum(1) < call.layout.valid.sum(1))
         call.layout = move.layout
         self._open_group(call, stage, source, hidden.device)
@@ -314,7 +345,14 @@ class DecoderPatch:
             packed = packed * call.state.groups[-1].mask.unsqueeze(-1)
         return packed, source
 
-    def _select(self, stage: Stage, units: Sequence[Unit], hidden: Tensor) -> list[_Choice]:
+    def _select(
+        self,
+        call: _Call,
+        stage: Stage,
+        units: Sequence[Unit],
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor] | None,
+    ) -> list[_Choice]:
         """Let the method choose, for all units with equally many candidates and the same budget at once."""
         rules = [stage.rule(unit.blocks[0]) for unit in units]
         candidates = [_candidates(rule, unit) for rule, unit in zip(rules, units, strict=True)]
@@ -327,25 +365,43 @@ class DecoderPatch:
             (len(columns), count, rule is stage) if count < len(columns) else None
             for columns, count, rule in zip(candidates, counts, rules, strict=True)
         ]
+        view = self._view(call, stage, hidden, rotary)
         for members in _equal(keys):
             columns = np.stack([units[member].columns[candidates[member]] for member in members])
             rows = to_device(np.array([[units[member].row] for member in members]), hidden.device)
-            block = hidden[rows, to_device(columns, hidden.device)]
-            result = rules[members[0]].select(block, counts[members[0]])
+            places = to_device(columns, hidden.device)
+            block, sizes = hidden[rows, places], None if call.sizes is None else call.sizes[rows, places]
+            inputs = None if view is None else BlockInputs(view, [units[member] for member in members], columns)
+            result = rules[members[0]].select(block, counts[members[0]], sizes=sizes, inputs=inputs)
             if result.indices.shape[1] >= block.shape[1]:
                 continue  # with the basis appended there would be no fewer rows than before
             adaptive = rules[members[0]].select.adaptive
             simple = [not adaptive and _is_simple(units[member], candidates[member]) for member in members]
             known = None if all(simple) else result.indices.cpu().numpy()
+            folded = None if sizes is None else token_sizes(result, sizes)
             for position, member in enumerate(members):
                 tokens, indices = result.tokens[position], result.indices[position]
                 if simple[position]:
-                    choices[member] = _Choice(len(indices), indices, tokens, np.arange(len(indices)))
+                    choice = _Choice(len(indices), indices, tokens, np.arange(len(indices)))
                 else:
                     real = known[position] >= 0
                     tokens, chosen = tokens[: real.sum()], known[position][real]
-                    choices[member] = _method_choice(tokens, chosen, units[member], candidates[member])
+                    choice = _method_choice(tokens, chosen, units[member], candidates[member])
+                own = None if folded is None else folded[position, : len(tokens)]
+                choices[member] = replace(choice, sizes=own)
         return choices
+
+    def _view(
+        self, call: _Call, stage: Stage, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None
+    ) -> StageView | None:
+        """What methods may ask for at a stage; None if none asks for anything."""
+        if not self._asks:
+            return None
+        text = self._adapter.text_model
+        before = call.taps.get(stage.layer - 1)
+        features = self._vision.features if self._vision is not None else None
+        layers = self._adapter.layers
+        return StageView(layers, text.norm, stage.layer, hidden, call.layout, rotary, before, call.entry, features)
 
     def _open_group(self, call: _Call, stage: Stage, source: Tensor, device: torch.device) -> None:
         """Start the layer group behind a stage that dropped tokens: its mask and positions."""
@@ -505,10 +561,15 @@ def _vision_choice(record: ImageRecord, unit: Unit, device: torch.device) -> _Ch
     if record.kept is None:
         return _whole(unit, device)
     if record.is_plain and unit.length == record.layout.length:
-        return _Choice(len(record.kept[0]), record.kept[0])
+        kept = record.kept[0]
+        return _Choice(len(kept), kept, sizes=None if record.sizes is None else record.sizes[kept])
     columns = record.kept_columns()
     columns = columns[columns < unit.length]
-    return _Choice(columns, torch.from_numpy(columns))
+    sizes = None
+    if record.sizes is not None:
+        rows = to_device(record.layout.columns[columns], device)
+        sizes = torch.where(rows < 0, 1, record.sizes[rows.clamp(min=0)])  # a newline stands for itself
+    return _Choice(columns, torch.from_numpy(columns), sizes=sizes)
 
 
 def _candidates(stage: Stage, unit: Unit) -> np.ndarray:

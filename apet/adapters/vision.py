@@ -7,17 +7,18 @@ then drops the columns of the zero rows (`adapters.decoder`), which it finds thr
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from apet.adapters.inputs import CropInputs, TowerTap
 from apet.adapters.layout import NEWLINE, follows, to_device
-from apet.core.types import CompressedTokens
+from apet.core.types import CompressedTokens, token_sizes
 
 Budget = int | float | Sequence[int] | None
 
@@ -28,13 +29,29 @@ class Select(Protocol):
     Attributes:
         features: Where a vision stage reads tokens: "pre_projector" or "post_projector".
         adaptive: Whether a block may get fewer rows than asked for; missing ones have index -1 and stand last.
+        needs: Inputs the method asks for, by name, with their layers.
+        reads_sizes: Whether it weighs rows with the tokens folded into them.
     """
 
     features: str
     adaptive: bool
+    needs: Mapping[str, tuple[int, ...]]
+    reads_sizes: bool
 
-    def __call__(self, tokens: Tensor, keep: int, *, grid: tuple[int, int] | None = None) -> CompressedTokens:
-        """Reduce blocks (B, N, D) to `keep` rows; `grid` is (rows, columns) of a full raster."""
+    def __call__(
+        self,
+        tokens: Tensor,
+        keep: int,
+        *,
+        grid: tuple[int, int] | None = None,
+        sizes: Tensor | None = None,
+        inputs: Any = None,
+    ) -> CompressedTokens:
+        """Reduce blocks (B, N, D) to `keep` rows.
+
+        `grid` is (rows, columns) of a full raster, `sizes` (B, N) the image tokens behind every row, `inputs` what the
+        method may ask for.
+        """
 
 
 @dataclass(frozen=True)
@@ -86,11 +103,13 @@ class ImageRecord:
         layout: Its columns before compression.
         kept: Per crop the kept positions (K,) int64 on the device, ascending; None if the image was kept whole.
         all_newlines: Newlines stay also where their line is empty (the published accounting).
+        sizes: (crops * length,) float32 image tokens behind every row, where sizes were asked for.
     """
 
     layout: ImageLayout
     kept: tuple[Tensor, ...] | None
     all_newlines: bool = False
+    sizes: Tensor | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -141,22 +160,43 @@ class VisionStage:
         select: The method.
         per_image: The budget is the image's and is split over its crops by error mass.
         published: Padding takes budget like real patches, as in the published code.
+        tower: The vision tower, where the method asks for inputs of its layers.
+        keep_sizes: Record how many image tokens stand behind every kept row.
+        keep_features: Remember what entered the projector.
     """
 
     def __init__(
-        self, projector: nn.Module, budget: Budget, select: Select, per_image: bool = False, published: bool = False
+        self,
+        projector: nn.Module,
+        budget: Budget,
+        select: Select,
+        per_image: bool = False,
+        published: bool = False,
+        tower: nn.Module | None = None,
+        keep_sizes: bool = False,
+        keep_features: bool = False,
     ) -> None:
         self._projector = projector
         self._budget, self._select = budget, select
         self._per_image, self._published = per_image, published
+        self._keep_sizes, self._keep_features = keep_sizes, keep_features
         self._local = threading.local()
+        layers = {layer for layers in select.needs.values() for layer in layers} if select is not None else set()
+        self._tap = TowerTap(tower, layers, self._local) if layers and tower is not None else None
 
     def attach(self) -> list:
         """Register the hooks; returns their handles."""
+        handles = self._tap.attach() if self._tap is not None else []
         return [
+            *handles,
             self._projector.register_forward_pre_hook(self._before),
             self._projector.register_forward_hook(self._after),
         ]
+
+    @property
+    def features(self) -> Tensor | None:
+        """What entered the projector last in this thread, where it is remembered."""
+        return getattr(self._local, "features", None)
 
     @property
     def records(self) -> tuple[ImageRecord, ...] | None:
@@ -184,6 +224,8 @@ class VisionStage:
         shown = np.concatenate([layout.shown for layout in layouts])
         counts = self._counts(features, layouts, shown)
         self._local.rows = self._local.delayed = None
+        asks = self._select is not None and self._select.needs
+        self._local.features = features if asks or self._keep_features else None
         if all(count is None for count in counts):
             self._local.records = tuple(ImageRecord(layout, None) for layout in layouts)
             return args
@@ -225,7 +267,8 @@ class VisionStage:
         errors = features.new_zeros(features.shape[:2], dtype=torch.float32)
         for rows, places in _equal_crops(shown, [0] * len(shown), features.device):
             half = max(1, places.shape[1] // 2)
-            errors[rows, places] = self._select(features[rows, places], half).errors
+            inputs = self._inputs(rows, places)
+            errors[rows, places] = self._select(features[rows, places], half, inputs=inputs).errors
         mass = errors.square().sum(-1).double().cpu().numpy()
         real = shown.sum(1)
         counts: list[int | None] = []
@@ -238,6 +281,10 @@ class VisionStage:
             ]
         return counts
 
+    def _inputs(self, rows: Tensor, places: Tensor) -> CropInputs | None:
+        """What the method may ask for about a group of crops."""
+        return CropInputs(self._tap, self._local.features, rows, places) if self._select.needs else None
+
     def _compress(
         self, features: Tensor, counts: Sequence[int | None], layouts: Sequence[ImageLayout], shown: np.ndarray
     ) -> Tensor:
@@ -247,24 +294,33 @@ class VisionStage:
         sizes = [limit if count is None else count for count, limit in zip(counts, limits, strict=True)]
         kept_rows = features.new_zeros(len(counts), max(sizes), features.shape[2])
         kept: list[Tensor] = [torch.empty(0)] * len(counts)
+        folded = features.new_ones(features.shape[:2], dtype=torch.float32) if self._keep_sizes else None
         for rows, places in _equal_crops(real, sizes, features.device):
             members = rows.flatten().tolist()
             count = sizes[members[0]]
             block = features[rows, places]
             rows_kept = [count] * len(members)
             if count < places.shape[1]:
-                result = self._select(block, count, grid=_grid(places.shape[1], features.shape[1]))
+                grid = _grid(places.shape[1], features.shape[1])
+                result = self._select(block, count, grid=grid, inputs=self._inputs(rows, places))
                 block, places = result.tokens, places.gather(1, result.indices.clamp(min=0))
                 if self._select.adaptive:
                     rows_kept = (result.indices >= 0).sum(1).tolist()
             kept_rows[members, :count] = block
             for position, crop in enumerate(members):
                 kept[crop] = places[position, : rows_kept[position]]
+                if folded is not None and count < limits[crop]:
+                    folded[crop, kept[crop]] = token_sizes(result)[position, : rows_kept[position]]
         kept_rows = kept_rows[:, : max(map(len, kept))]
         self._local.rows, self._local.length = kept, features.shape[1]
         first = np.cumsum([0, *(layout.crops for layout in layouts)])
         self._local.records = tuple(
-            ImageRecord(layout, tuple(kept[start : start + layout.crops]), self._published)
+            ImageRecord(
+                layout,
+                tuple(kept[start : start + layout.crops]),
+                self._published,
+                None if folded is None else folded[start : start + layout.crops].flatten(),
+            )
             for layout, start in zip(layouts, first[:-1], strict=True)
         )
         return kept_rows

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -41,3 +42,16 @@ class Basis(NamedTuple):
     valid: Tensor
     features: Tensor
     products: Tensor
+
+
+def token_sizes(result: CompressedTokens, sizes: Tensor | None = None) -> Tensor:
+    """(B, K) float32 image tokens that each output row stands for: 1 for a token that was kept as it is.
+
+    Args:
+        result: What a method returned.
+        sizes: (B, N) sizes of the rows that entered; None if every row stood for one token.
+    """
+    weight = torch.ones_like(result.sources, dtype=torch.float32) if sizes is None else sizes.float()
+    weight = torch.where(result.sources >= 0, weight, 0)
+    rows = torch.zeros(result.indices.shape, device=weight.device)
+    return rows.scatter_add(1, result.sources.clamp(min=0), weight)

@@ -1,5 +1,6 @@
 """Compression methods; importing the package registers them."""
 
+from apet.core.types import token_sizes
 from apet.methods import (
     apet,
     apet_plus,
@@ -34,7 +35,6 @@ from apet.methods.base import (
     method_names,
     register,
     selector,
-    token_sizes,
 )
 from apet.methods.variant import parse_method
 

@@ -14,7 +14,7 @@ like ApET. Each part can be switched off:
   are zero with index -1 and stand last.
 - `text`: weight on the question's relevance, off by default.
 
-Rows are in raster order. `apet.methods.base.token_sizes` gives the sizes for a log-size bias on the keys.
+Rows are in raster order. `apet.core.types.token_sizes` gives the sizes for a log-size bias on the keys.
 """
 
 from dataclasses import dataclass
@@ -65,6 +65,7 @@ class ApetPlus(Method):
     paper = "this project, after ApET"
     arxiv = "2602.19870"
     idea = "reconstruction error updated with every kept token, spatial quota, merging into all kept tokens"
+    reads_sizes = True
 
     normalise: str = "raw"
     sinks: str = "clip"

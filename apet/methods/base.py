@@ -32,6 +32,7 @@ class Method:
         idea: One line for the table of methods.
         stages: Stages at which the method can run.
         features: Where its vision stage reads tokens: "pre_projector" or "post_projector".
+        reads_sizes: Whether it weighs rows with the tokens that earlier stages folded into them.
     """
 
     name: ClassVar[str]
@@ -40,6 +41,7 @@ class Method:
     idea: ClassVar[str] = ""
     stages: ClassVar[tuple[str, ...]] = ("vision", "llm")
     features: ClassVar[str] = "pre_projector"
+    reads_sizes: ClassVar[bool] = False
 
     needs_cls_attention: ClassVar[tuple[int, ...]] = ()
     needs_vision_keys: ClassVar[tuple[int, ...]] = ()
@@ -80,19 +82,6 @@ class Method:
             ValueError: The method's stages cannot reach this average.
         """
         return {} if average >= tokens else {"visual_token_num": max(1, round(average))}
-
-
-def token_sizes(result: CompressedTokens, sizes: Tensor | None = None) -> Tensor:
-    """(B, K) float32 image tokens that each output row stands for: 1 for a token that was kept as it is.
-
-    Args:
-        result: What a method returned.
-        sizes: (B, N) sizes of the rows that entered; None if every row stood for one token.
-    """
-    weight = torch.ones_like(result.sources, dtype=torch.float32) if sizes is None else sizes.float()
-    weight = torch.where(result.sources >= 0, weight, 0)
-    rows = torch.zeros(result.indices.shape, device=weight.device)
-    return rows.scatter_add(1, result.sources.clamp(min=0), weight)
 
 
 _METHODS: dict[str, type[Method]] = {}
@@ -156,6 +145,11 @@ class Selector:
     def features(self) -> str:
         """Where the vision stage must take its tokens: "pre_projector" or "post_projector"."""
         return self.method.features
+
+    @property
+    def reads_sizes(self) -> bool:
+        """Whether the method wants `sizes`."""
+        return self.method.reads_sizes
 
     @property
     def adaptive(self) -> bool:

@@ -7,7 +7,7 @@ sequence.
 
 Deviation from the paper: it merges in every encoder block, with attention keys as metric and proportional attention;
 here the output features are merged repeatedly until T are left, with themselves as metric. A row carries the index of
-the odd token it grew from; `apet.methods.base.token_sizes` gives the sizes for a log-size bias.
+the odd token it grew from; `apet.core.types.token_sizes` gives the sizes for a log-size bias.
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ class ToMe(Method):
     paper = "ToMe"
     arxiv = "2210.09461"
     idea = "merge the most similar of alternate tokens until the budget is met"
+    reads_sizes = True
 
     def select(self, tokens: Tensor, keep: int, context: StageContext) -> CompressedTokens:
         """Merge in rounds until `keep` rows are left."""

@@ -32,6 +32,7 @@ class VScan(Method):
     Attributes:
         local: Share of the vision budget for the windows.
         windows: Windows per side.
+        shallow: Block of the tower whose attention is read per window; published for towers of 24 blocks.
     """
 
     name = "vscan"
@@ -39,22 +40,25 @@ class VScan(Method):
     arxiv = "2505.22654"
     idea = "CLS attention per window and over all, merging; last-token attention at half depth"
     features = "post_projector"
-    needs_cls_attention = (5, -2)
     needs_attention_row = (0,)
 
     local: float = 0.5
     windows: int = 4
+    shallow: int = 5
 
     def __post_init__(self) -> None:
         check_range(self, ("local",), 0, 1)
         check_range(self, ("windows",), 1)
+
+    def needs(self, stage: str) -> dict[str, tuple[int, ...]]:
+        return {"cls_attention": (self.shallow, -2)} if stage == "vision" else super().needs(stage)
 
     def select(self, tokens: Tensor, keep: int, context: StageContext) -> CompressedTokens:
         """Scan and merge at the vision stage, cut by attention in the decoder."""
         if context.stage == "llm":
             scores = wide(context.ask(self, "attention_row", context.layer)).mean(1)
             return pruned(tokens, top_sorted(scores, keep), scores)
-        shallow = wide(context.ask(self, "cls_attention", 5)).mean(1)
+        shallow = wide(context.ask(self, "cls_attention", self.shallow)).mean(1)
         scores = wide(context.ask(self, "cls_attention", -2)).mean(1)
         window = window_ids(grid_of(context, tokens.shape[1]), self.windows, tokens.device).expand_as(scores)
         per_window = int(keep * self.local) // self.windows**2

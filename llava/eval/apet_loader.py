@@ -20,7 +20,7 @@ from llava.eval.tower_features import TowerFeatures
 from llava.mm_utils import get_model_name_from_path
 
 # What a method's vision stage may ask for without a look into the tower.
-BEHIND_TOWER = {"text_embeddings"}
+BEHIND_TOWER = {"text_embeddings", "vision_features"}
 
 
 def add_flags(parser: Parser) -> None:

@@ -1,0 +1,72 @@
+"""Queries and keys of an attention module, without running its attention.
+
+The module's own forward makes them (projections, biases, norms, rotary embeddings, of whatever family) and hands them
+to an attention function that only takes them out. So a row of attention costs the projections and one product, and the
+model keeps the attention it was loaded with.
+"""
+
+import copy
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+_NAME = "apet_probe"
+
+
+class Projected(NamedTuple):
+    """What an attention module would compare.
+
+    Attributes:
+        queries: (B, heads, L, d).
+        keys: (B, kv_heads, L, d).
+        scale: Factor of their products.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    scale: float
+
+    def scores(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Scaled products (G, heads, Q, L) float32 of the queries at `columns` (G, Q) of rows (G, 1) with all keys."""
+        heads = self.queries.shape[1]
+        queries = self.queries.transpose(1, 2)[rows, columns].transpose(1, 2).float() * self.scale
+        keys = self.keys[rows.flatten()].float().repeat_interleave(heads // self.keys.shape[1], 1)
+        return queries @ keys.transpose(2, 3)
+
+
+class _Taken(Exception):
+    def __init__(self, projected: Projected) -> None:
+        self.projected = projected
+
+
+def _take(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+    scale = kwargs.get("scaling")
+    raise _Taken(Projected(query, key, query.shape[-1] ** -0.5 if scale is None else scale))
+
+
+AttentionInterface.register(_NAME, _take)
+
+
+@torch.no_grad()
+def project(attention: nn.Module, hidden: Tensor, **kwargs: Any) -> Projected:
+    """Queries and keys of `attention` for its input `hidden` (B, L, D).
+
+    Args:
+        attention: A transformers attention module that looks its attention function up.
+        hidden: What enters it, behind the layer's norm.
+        kwargs: Its other inputs, such as `position_embeddings`.
+
+    Raises:
+        NotImplementedError: The module calls no attention function.
+    """
+    # A shallow copy shares the weights; its configuration names our function, the model's own stays as it is.
+    probe = copy.copy(attention)
+    probe.config = copy.copy(attention.config)
+    probe.config._attn_implementation = _NAME
+    try:
+        probe.forward(hidden, **kwargs)
+    except _Taken as taken:
+        return taken.projected
+    raise NotImplementedError(f"{type(attention).__name__} does not look up its attention function")

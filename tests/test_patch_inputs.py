@@ -1,0 +1,155 @@
+"""What the patch tells methods about the model equals what the model itself says with eager attention and a cache."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from families import FAMILIES
+from tiny import IMAGE_ID, MIXED_ROWS, PATCHES, batch, tiny_llava
+from transformers import DynamicCache
+
+import apet
+from apet import ApetConfig
+from apet.methods import base
+from apet.methods.base import Method
+
+LAYER = 2
+STAGE = {"layer_list": [LAYER], "image_token_list": [3], "method": "spy"}
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """A method that asks for everything a stage has, keeps what it was told, and then the first tokens."""
+    heard = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Spy(Method):
+        name = "spy"
+        wants: str = "llm"
+
+        def needs(self, stage):
+            if stage == "vision":
+                return {"cls_attention": (-1, 0), "vision_keys": (-2,), "vision_features": ()}
+            per_layer = {name: (0, -1) for name in ("attention_row", "text_attention", "keys", "text_keys")}
+            return per_layer | {name: () for name in ("text_embeddings", "image_embeddings", "text_hidden")}
+
+        def select(self, tokens, keep, context):
+            said = {"tokens": tokens}
+            for name, layers in self.needs(context.stage).items():
+                for layer in layers or (None,):
+                    absolute = layer if layer is None or context.stage == "vision" else context.layer + layer
+                    said[name, layer] = context.ask(self, name, *(() if layer is None else (absolute,)))
+            heard.append(said)
+            rows = torch.arange(keep).expand(len(tokens), -1)
+            errors = torch.zeros(tokens.shape[:2])
+            return apet.CompressedTokens(tokens[:, :keep], rows, errors, rows[:, :0], torch.zeros_like(errors).long())
+
+    monkeypatch.setitem(base._METHODS, "spy", Spy)
+    return heard
+
+
+@functools.cache
+def eager_llava():
+    return tiny_llava("eager").double()
+
+
+def double(inputs):
+    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def truth(model, inputs):
+    """Attention maps, hidden states and cache of the model without a patch."""
+    cache = DynamicCache(config=model.config.get_text_config())
+    return model(**inputs, past_key_values=cache, output_attentions=True, output_hidden_states=True), cache
+
+
+def test_decoder_inputs_of_a_mixed_batch(spy):
+    """Every image of a left-padded batch, against its row alone: the model's own eager attention and cache."""
+    model = tiny_llava("sdpa").double()
+    with apet.patched(model, ApetConfig(**STAGE)):
+        together = double(batch(MIXED_ROWS))
+        positions = (together["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        model(**together, position_ids=positions)
+    (said,), number = spy, 0
+    close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-5)
+    for row in MIXED_ROWS:
+        inputs = double(batch([row]))
+        (output, cache), ids = truth(eager_llava(), inputs), inputs["input_ids"][0].tolist()
+        image = [column for column, token in enumerate(ids) if token == IMAGE_ID]
+        text = [column for column, token in enumerate(ids) if token != IMAGE_ID]
+        for first in range(0, len(image), PATCHES):
+            columns = image[first : first + PATCHES]
+            words = [column for column in text if column > columns[-1]] or text
+            embeddings, mask = said["text_embeddings", None]
+            assert mask[number].sum() == len(words)
+            close(embeddings[number, : len(words)], output.hidden_states[0][0, words])
+            close(said["image_embeddings", None][number], output.hidden_states[0][0, columns])
+            close(said["text_hidden", None][number, : len(words)], output.hidden_states[LAYER][0, words])
+            for layer in (0, -1):
+                attention, keys = output.attentions[LAYER + layer][0], cache.layers[LAYER + layer].keys[0]
+                close(said["attention_row", layer][number].double(), attention[:, -1, columns])
+                expected = attention[:, words][:, :, columns]
+                close(said["text_attention", layer][number, :, : len(words)].double(), expected)
+                close(said["keys", layer][number], keys[:, columns])
+                close(said["text_keys", layer][number, :, : len(words)], keys[:, words])
+            number += 1
+    assert number == len(said["tokens"])
+    assert all(said["text_attention", layer].isfinite().all() for layer in (0, -1))
+
+
+def test_tower_inputs(spy):
+    model, inputs = eager_llava(), double(batch(MIXED_ROWS))
+    tower = model.model.vision_tower
+    output = tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
+    with apet.patched(model, ApetConfig(visual_token_num=5, method="spy")):
+        model(**inputs)
+    (said,) = spy
+    count = len(tower.encoder.layers)
+    for layer in (-1, 0):  # the last layer does not run under a patch
+        expected = output.attentions[layer][:, :, 0, 1:]
+        torch.testing.assert_close(said["cls_attention", layer].double(), expected, atol=1e-5, rtol=1e-5)
+    module = tower.encoder.layers[-2]
+    keys = module.self_attn.k_proj(module.layer_norm1(output.hidden_states[count - 2]))[:, 1:]
+    heads = said["vision_keys", -2].transpose(1, 2).flatten(2)
+    torch.testing.assert_close(heads, keys)
+    torch.testing.assert_close(said["vision_features", None], output.hidden_states[-2][:, 1:])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decoder_inputs_of_every_family(name, spy):
+    family = FAMILIES[name]
+    model, inputs = family.build("eager"), family.inputs([family.prompts[0]])
+    output, cache = truth(model, inputs)
+    with apet.patched(model, ApetConfig(layer_list=[LAYER], image_token_ratio_list=[0.5], method="spy")):
+        model(**inputs)
+    said = spy[0]
+    hidden = output.hidden_states[LAYER][0]
+    columns = [int((hidden - token).abs().sum(-1).argmin()) for token in said["tokens"][0]]
+    for layer in (0, -1):
+        attention, keys = output.attentions[LAYER + layer][0], cache.layers[LAYER + layer].keys[0]
+        torch.testing.assert_close(said["attention_row", layer][0], attention[:, -1, columns], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(said["keys", layer][0], keys[:, columns], atol=1e-4, rtol=1e-4)
+
+
+def test_the_model_keeps_its_attention(spy):
+    model = tiny_llava("sdpa")
+    before = [layer.self_attn.config for layer in model.model.language_model.layers]
+    with apet.patched(model, ApetConfig(**STAGE)):
+        model(**batch(MIXED_ROWS))
+    assert model.config.text_config._attn_implementation == "sdpa"
+    assert [layer.self_attn.config for layer in model.model.language_model.layers] == before
+
+
+def test_methods_that_ask_for_nothing_pay_nothing():
+    model = tiny_llava("sdpa")
+    with apet.patched(model, ApetConfig(visual_token_num=5)):
+        assert not any(layer._forward_pre_hooks for layer in model.model.vision_tower.encoder.layers)
+    with apet.patched(model, ApetConfig(visual_token_num=5, method="visionzip")):
+        assert any(layer._forward_pre_hooks for layer in model.model.vision_tower.encoder.layers)
+    assert not any(layer._forward_pre_hooks for layer in model.model.vision_tower.encoder.layers)
+
+
+def test_a_layer_the_tower_does_not_have_is_refused():
+    with pytest.raises(ValueError, match="the vision tower has 3 layers"):
+        apet.apply_patch(tiny_llava("sdpa"), ApetConfig(visual_token_num=5, method="vscan"))
