@@ -101,6 +101,7 @@ class ApetConfig:
             frames; "auto" is what the family was published with. Budgets inside the decoder are the clip's.
         compat: None, or "published" for the published accounting of anyres images: padding takes budget at the vision
             stage, and decoder stages cut only the first tokens of an image, as many as the previous budget.
+        size_bias: Add the logarithm of the image tokens behind a token to its attention logits in the decoder.
         seed: Seed of methods and bases that draw at random.
     """
 
@@ -119,6 +120,7 @@ class ApetConfig:
     budget_per: str = "crop"
     video_budget_per: str = "auto"
     compat: str | None = None
+    size_bias: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -210,6 +212,8 @@ class ApetConfig:
             raise ValueError(
                 f"video_budget_per={self.video_budget_per!r} is unknown; choose {', '.join(VIDEO_BUDGETS_PER)}"
             )
+        if not isinstance(self.size_bias, bool):
+            raise ValueError(f"size_bias={self.size_bias!r} must be true or false")
         if self.budget_per == "prompt":
             self._check_pooled()
         if self.compat not in (None, "published"):

@@ -30,7 +30,7 @@ class _Patch:
         self.vision, stages = _build_stages(adapter, config)
         positions = adapter.preset.position_mode if config.position_mode == "auto" else config.position_mode
         encoder = EncoderLog(adapter, _per_frame(adapter, config)) if self.vision is None else None
-        self.decoder = DecoderPatch(adapter, stages, positions, self.vision, encoder)
+        self.decoder = DecoderPatch(adapter, stages, positions, self.vision, encoder, config.size_bias)
         self._generation = adapter.model.generation_config
         # With a static cache on a GPU generate() compiles the decoding step; the hooks' state is not traceable.
         self._disable_compile = getattr(self._generation, "disable_compile", False)
@@ -201,7 +201,7 @@ def _build_stages(adapter: Adapter, config: ApetConfig) -> tuple[VisionStage | N
         )
         stages.append(Stage(f"layer {layer}", layer, budget, select, window, pool))
         window = budget if published else None
-    sizes = any(stage.select.reads_sizes for stage in stages)
+    sizes = config.size_bias or any(stage.select.reads_sizes for stage in stages)
     select = None
     if vision_budget is not None or config.video_token_num is not None:
         select = _vision_selector(adapter, config)

@@ -38,16 +38,20 @@ class Reference:
         hidden = embed[torch.tensor(ids)].clone()
         blocks = image_blocks(ids, self.model.config.image_token_id, 25)
         rows, positions, new_blocks, cursor = [], [], [], 0
+        self.sizes = torch.ones(len(ids), dtype=torch.float64)
+        sizes = []
         for image, (start, length) in enumerate(blocks):
             features = base.vision_tower(pixels[image : image + 1], output_hidden_states=True).hidden_states[-2][:, 1:]
             budget = self.config.stage_budgets[0]
             count = length if budget is None else max(1, int(budget * length)) if isinstance(budget, float) else budget
-            kept = torch.arange(length)
+            kept, size = torch.arange(length), torch.ones(length)
             if count < length:
                 result = apet.compress(features, count, basis=self.config.basis_token_num, start=self._start())
                 features, kept = result.tokens, result.indices[0]
+                size = self._sizes_after(result, size)
             projected = self._project(features[0].double())
             rows.append(hidden[cursor:start])
+            sizes += [torch.ones(start - cursor), size]
             positions.append(torch.arange(cursor, start))
             new_blocks.append((sum(map(len, rows)), len(kept)))
             rows.append(projected)
@@ -55,6 +59,7 @@ class Reference:
             cursor = start + length
         rows.append(hidden[cursor:])
         positions.append(torch.arange(cursor, len(ids)))
+        self.sizes = torch.cat([*sizes, torch.ones(len(ids) - cursor)]).double()
         return torch.cat(rows), new_blocks, torch.cat(positions)
 
     def logits(self, ids: list[int], pixels: Tensor | None, generated: list[int]) -> Tensor:
@@ -64,6 +69,7 @@ class Reference:
         tail = torch.arange(len(ids), len(ids) + len(generated))
         hidden = torch.cat([hidden, embed[torch.tensor(generated, dtype=torch.long)]])
         positions = torch.cat([positions, tail])
+        self.sizes = torch.cat([self.sizes, torch.ones(len(generated))])
         budgets = dict(zip(self.config.layer_list, self.config.stage_budgets[1:], strict=True))
         for layer in range(self.text.num_hidden_layers):
             if layer in budgets:
@@ -81,20 +87,30 @@ class Reference:
             tokens.append(int(logits[-1].argmax()))
         return tokens, torch.stack(logits)
 
+    @staticmethod
+    def _sizes_after(result, sizes: Tensor) -> Tensor:
+        after = torch.zeros(result.indices.shape[1])
+        for token, row in enumerate(result.sources[0].tolist()):
+            after[row] += sizes[token]
+        return after
+
     def _start(self) -> int | None:
         return None if self.config.fps_start == "farthest" else self.config.fps_start
 
     def _shorten(self, hidden, blocks, positions, budget):
-        rows, places, new_blocks, cursor = [], [], [], 0
+        rows, places, new_blocks, cursor, sizes = [], [], [], 0, []
         for start, length in blocks:
             count = max(1, int(budget * length)) if isinstance(budget, float) else min(budget, length)
             block, kept = hidden[start : start + length], torch.arange(length)
+            size = self.sizes[start : start + length]
             if count < length:
                 result = apet.compress(
                     block[None].float(), count, basis=self.config.basis_token_num, start=self._start(), slots="error"
                 )
                 block, kept = result.tokens[0].double(), result.indices[0]
+                size = self._sizes_after(result, size)
             rows.append(hidden[cursor:start])
+            sizes += [self.sizes[cursor:start], size]
             places.append(positions[cursor:start])
             new_blocks.append((sum(map(len, rows)), len(kept)))
             rows.append(block)
@@ -102,6 +118,7 @@ class Reference:
             cursor = start + length
         rows.append(hidden[cursor:])
         places.append(positions[cursor:])
+        self.sizes = torch.cat([*sizes, self.sizes[cursor:]]).double()
         return torch.cat(rows), new_blocks, torch.cat(places)
 
     def _project(self, features: Tensor) -> Tensor:
@@ -128,6 +145,8 @@ class Reference:
         query, key = self._rotate(query, positions), self._rotate(key, positions)
         key = key.repeat_interleave(heads // kv_heads, 0)
         scores = query @ key.transpose(1, 2) / size**0.5
+        if self.config.size_bias:
+            scores = scores + self.sizes.clamp(1, 16).log()
         future = torch.ones(len(hidden), len(hidden)).triu(1).bool()
         mixed = scores.masked_fill(future, -torch.inf).softmax(-1) @ value
         hidden = (

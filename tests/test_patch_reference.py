@@ -49,6 +49,19 @@ def test_equals_the_reference(llava, name, positions):
     check(llava, MIXED_ROWS, config)
 
 
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("name", ["vision", "layer 2", "all"])
+def test_a_size_bias_equals_the_reference(llava, name, options):
+    """The reference adds the logarithms to its scores; the patch needs no mask for it, with any attention."""
+    config = ApetConfig.from_dict(SETTINGS[name].to_dict() | {"size_bias": True})
+    before = llava.config.text_config._attn_implementation
+    check(llava, MIXED_ROWS[:1], config, **options)
+    check(llava, [MIXED_ROWS[0], MIXED_ROWS[2], MIXED_ROWS[3]], config, **options)
+    assert llava.config.text_config._attn_implementation == before
+    with_bias, without = (run(llava, MIXED_ROWS[:1], one)[1] for one in (config, SETTINGS[name]))
+    assert not torch.allclose(with_bias, without)
+
+
 @pytest.mark.parametrize("positions", ["compact", "keep"])
 @pytest.mark.parametrize("options", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)
 @pytest.mark.parametrize("name", ["vision", "layer 2", "all"])

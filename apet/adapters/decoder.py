@@ -24,6 +24,7 @@ from apet.adapters.base import Adapter
 from apet.adapters.encoder import EncoderLog
 from apet.adapters.inputs import BlockInputs, StageView
 from apet.adapters.layout import Block, Item, Layout, Segment, Unit, follows, layout_from_ids, to_device
+from apet.adapters.size_bias import LARGEST, SizeBias
 from apet.adapters.vision import Budget, ImageRecord, Select, VisionStage, budget_for
 from apet.core.types import token_sizes
 
@@ -115,12 +116,14 @@ class _Group:
         length: Prompt columns, padding included.
         mask: (B, length) bool, or None without padding.
         last: (..., B, 1) int64 position of the last prompt token.
+        log_sizes: (B, length) logarithm of the image tokens behind every column, where it is asked for.
     """
 
     first: int
     length: int
     mask: Tensor | None
     last: Tensor
+    log_sizes: Tensor | None = None
 
 
 @dataclass
@@ -172,6 +175,7 @@ class DecoderPatch:
         positions: str,
         vision: VisionStage | None,
         encoder: EncoderLog | None = None,
+        size_bias: bool = False,
     ) -> None:
         self._adapter = adapter
         self._stages = {stage.layer: stage for stage in stages}
@@ -180,7 +184,8 @@ class DecoderPatch:
         rules = [rule for stage in stages for rule in (stage, stage.videos) if rule is not None and rule.select]
         self._asks = any(rule.select.needs for rule in rules)
         self._tapped = {rule.layer - 1 for rule in rules if any(-1 in layers for layers in rule.select.needs.values())}
-        self._sizes = any(rule.select.reads_sizes for rule in rules)
+        self._size_bias = size_bias
+        self._sizes = size_bias or any(rule.select.reads_sizes for rule in rules)
         self._local = threading.local()
         self._base_names = list(inspect.signature(adapter.base_model.forward).parameters)
         self.prompt: tuple[Unit, ...] = ()
@@ -198,6 +203,8 @@ class DecoderPatch:
         for index, layer in enumerate(self._adapter.layers):
             hook = _layer_hook(self, index)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if self._size_bias:
+            handles += SizeBias(self._adapter, self._log_sizes).attach()
         return handles
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -421,7 +428,16 @@ class DecoderPatch:
             kept = compact
         call.positions = kept
         mask = valid if layout.has_padding else None
-        call.state.groups.append(_Group(stage.layer, layout.length, mask, last))
+        log_sizes = call.sizes.clamp(min=1, max=LARGEST).log() if self._size_bias else None
+        call.state.groups.append(_Group(stage.layer, layout.length, mask, last, log_sizes))
+
+    def _log_sizes(self, layer: int, keys: int) -> Tensor | None:
+        """Log sizes (B, keys) in a layer of the forward in flight; generated tokens count as one."""
+        call = getattr(self._local, "call", None)
+        group = call.state.group_of(layer) if call is not None and call.state is not None else None
+        if group is None or group.log_sizes is None:
+            return None
+        return nn.functional.pad(group.log_sizes, (0, keys - group.length))
 
     def _layer_inputs(self, call: _Call, group: _Group, hidden: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
         """Attention mask and rotary embeddings of the layers of a group, in prefill or decoding."""

@@ -72,6 +72,9 @@ def add_compression_flags(parser: Parser) -> None:
     group.add_argument(
         "--budget_per", type=str, default="crop", help="anyres: is visual_token_num per crop or per image"
     )
+    group.add_argument(
+        "--size_bias", action="store_true", help="merged tokens count for as many as they stand for in the decoder"
+    )
     group.add_argument("--compat", type=str, default=None, help="published: the published accounting of anyres images")
     group.add_argument("--seed", type=int, default=0, help="seed of sampling and of methods that draw at random")
     group.add_argument("--llm_pruning", action="store_true", help="accepted for old scripts; has no effect")
@@ -104,6 +107,7 @@ def config_from_flags(args: argparse.Namespace) -> ApetConfig:
         position_mode=args.position_mode,
         budget_per=args.budget_per,
         compat=args.compat,
+        size_bias=args.size_bias,
         seed=args.seed,
     )
 

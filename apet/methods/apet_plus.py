@@ -14,7 +14,7 @@ like ApET. Each part can be switched off:
   are zero with index -1 and stand last.
 - `text`: weight on the question's relevance, off by default.
 
-Rows are in raster order. `apet.core.types.token_sizes` gives the sizes for a log-size bias on the keys.
+Rows are in raster order. `ApetConfig.size_bias` makes a row count for as many tokens as it stands for.
 """
 
 from dataclasses import dataclass

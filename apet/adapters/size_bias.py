@@ -1,0 +1,84 @@
+"""Let a merged token count for as many as it stands for: the logarithm of its size on its attention logits.
+
+An additive mask would take FlashAttention away. One more dimension does the same: queries hold a constant there and
+keys the logarithm, so their product adds it (log-size calibration after RESTORE, arXiv 2606.01711, and ERA, arXiv
+2606.31982). Heads are filled up with zeros to a multiple of eight, which the kernels like.
+"""
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from apet.adapters.base import Adapter, InstanceAttribute, Removable
+
+# Sizes above it count as this much: a background of hundreds of tokens must not drown the rest.
+LARGEST = 16
+_PREFIX, _SOURCE = "apet_log_size_", "apet_log_sizes"
+
+LogSizes = Callable[[int, int], Tensor | None]
+
+
+class SizeBias:
+    """Puts the bias on every layer of a decoder.
+
+    Args:
+        adapter: The family.
+        log_sizes: (B, keys) log sizes of the keys of a layer (0-based), given their number; None where all are one.
+    """
+
+    def __init__(self, adapter: Adapter, log_sizes: LogSizes) -> None:
+        self._adapter, self._log_sizes = adapter, log_sizes
+        self._config = adapter.text_model.config
+        self._before = self._config._attn_implementation
+
+    def attach(self) -> list[Removable]:
+        """Exchange the attention function; returns the handles."""
+        name = _PREFIX + self._before
+        AttentionInterface.register(name, functools.partial(_attend, self._before))
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[self._before])
+        self._config._attn_implementation = name
+        handles: list[Removable] = [self]
+        for layer in self._adapter.layers:
+            setattr(layer.self_attn, _SOURCE, self._log_sizes)
+            handles.append(InstanceAttribute(layer.self_attn, _SOURCE))
+        return handles
+
+    def remove(self) -> None:
+        """Put the model's attention function back."""
+        self._config._attn_implementation = self._before
+
+
+def _attend(
+    base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Any]:
+    """The attention function `base`, with the bias where the layer has one."""
+    eager = sys.modules[type(module).__module__].eager_attention_forward if base == "eager" else None
+    attend = eager or ALL_ATTENTION_FUNCTIONS[base]
+    bias = getattr(module, _SOURCE)(module.layer_idx, key.shape[2])
+    if bias is None:
+        return attend(module, query, key, value, mask, *args, **kwargs)
+    dim = query.shape[-1]
+    scale = kwargs.pop("scaling", None) or dim**-0.5
+    extra = 8 - dim % 8
+    constant = query.new_zeros(*query.shape[:-1], extra)
+    constant[..., 0] = 1 / scale
+    sizes = key.new_zeros(*key.shape[:-1], extra)
+    sizes[..., 0] = bias.to(key.dtype).unsqueeze(1)
+    output, weights = attend(
+        module,
+        torch.cat([query, constant], -1),
+        torch.cat([key, sizes], -1),
+        nn.functional.pad(value, (0, extra)),
+        mask,
+        *args,
+        scaling=scale,
+        **kwargs,
+    )
+    return output[..., : value.shape[-1]], weights
