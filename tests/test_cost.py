@@ -1,13 +1,12 @@
 """The cost model: FLOPs equal to torch's count, cache bytes equal to the cache, time as the roofline says."""
 
-import re
-
 import pytest
 import torch
 from bench.shrunk import shrunk
 from torch.utils.flop_counter import FlopCounterMode
 
 import apet
+from apet.bench.components import tower_stops_early
 from apet.bench.presets import get_preset
 from apet.cost import Ceilings, ModelDims, decode_cost, prefill_cost, tokens_per_layer
 
@@ -19,18 +18,6 @@ def counted(call) -> int:
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
-
-
-def tower_stops_early(model, call) -> bool:
-    """Whether the last layer of the tower is left out."""
-    layers = [
-        module for name, module in model.model.named_modules() if re.fullmatch(r"(vis|vid).*(layers|blocks)\.2", name)
-    ]
-    ran = []
-    handle = layers[-1].register_forward_pre_hook(lambda *_: ran.append(True))
-    call()
-    handle.remove()
-    return not ran
 
 
 @pytest.mark.parametrize("compressed", [False, True])

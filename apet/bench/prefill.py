@@ -15,7 +15,7 @@ import apet
 from apet.bench.ceilings import add_ceiling_flags, chosen_ceilings
 from apet.bench.ceilings import described as described_ceilings
 from apet.bench.comparison import COLUMNS, Comparison, percent, text, timings_as_json
-from apet.bench.components import TOTAL, marked
+from apet.bench.components import TOTAL, marked, tower_stops_early
 from apet.bench.device import add_device_flags, chosen_device, count_launches, described, graphed
 from apet.bench.output import table
 from apet.bench.presets import PRESETS, Preset, get_preset
@@ -108,7 +108,7 @@ def _add_predictions(
         if variant.pipeline is not None:
             continue
         with variant.active():
-            variant.prefill(inputs)
+            early = tower_stops_early(variant.model, lambda variant=variant: variant.prefill(inputs))
             visual = preset.visual_tokens(None)
             if variant.config is not None:
                 visual = apet.last_result(variant.model).tokens_per_layer[0]
@@ -118,7 +118,7 @@ def _add_predictions(
             text_tokens=text_tokens,
             batch=len(inputs["input_ids"]),
             dtype=dtype,
-            early_exit=variant.config is not None,
+            early_exit=early,
         )
         predicted[variant.name] = cost.seconds(ceilings) * 1e3
         figures[variant.name]["predicted_ms"] = predicted[variant.name]
