@@ -77,14 +77,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _time_to_first_token(
-    variants: Sequence[Variant], failed: Mapping[str, str], inputs: Mapping[str, Tensor], batch: int, device, args
+    variants: Sequence[Variant], failed: dict[str, str], inputs: Mapping[str, Tensor], batch: int, device, args
 ) -> tuple[dict[str, Any], list[list]]:
     calls = {variant.name: lambda variant=variant: variant.prefill(inputs) for variant in variants}
     around = {variant.name: variant.active for variant in variants}
     if args.cuda_graphs:
         for variant in [one for one in variants if one.pipeline is None]:
-            with variant.active():
-                calls[variant.name + _GRAPH] = graphed(calls[variant.name], device)
+            try:
+                with variant.active():
+                    calls[variant.name + _GRAPH] = graphed(calls[variant.name], device)
+            except RuntimeError as error:
+                failed[variant.name + _GRAPH] = f"not captured: {str(error).splitlines()[0]}"
     times = time_in_turns(calls, device, repeats=args.repeats, warmup=args.warmup, around=around)
     rows, figures = [], {}
     for name in calls:
