@@ -20,8 +20,8 @@ _GRID = 128  # buffers end at multiples of this
 class PromptCache(Cache):
     """Cache of one prompt (batch) at a time; `reset` before the next one.
 
-    ``model.generate(..., past_key_values=cache, compile_config=apet.compile_config())`` compiles the decoding step, on a
-    GPU with CUDA graphs. Beams and assisted decoding need a dynamic cache.
+    ``model.generate(..., past_key_values=cache, compile_config=apet.compile_config())`` compiles the decoding step; on
+    a GPU it replays CUDA graphs. Beams and assisted decoding need a dynamic cache.
 
     Args:
         model: A model with a decoder of full-attention layers, patched or not.
