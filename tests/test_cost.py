@@ -15,9 +15,11 @@ NAMES = ("llava-1.5-7b", "llava-next-7b", "video-llava-7b", "qwen2.5-vl-7b")
 
 
 def counted(call) -> int:
+    """Torch's count without rotary embeddings: transformers before 5.23 makes their tables by a matrix product."""
     with FlopCounterMode(display=False) as counter:
         call()
-    return counter.get_total_flops()
+    tables = [sum(ops.values()) for name, ops in counter.get_flop_counts().items() if "rotary" in name.split(".")[-1]]
+    return counter.get_total_flops() - sum(tables)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -56,7 +58,7 @@ def test_batches_multiply():
 
 
 def cache_bytes(cache) -> int:
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if layer.is_initialized)
 
 
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "qwen2.5-vl-7b", "video-llava-7b"])

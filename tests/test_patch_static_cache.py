@@ -87,11 +87,11 @@ def test_a_prompt_cache_is_as_long_as_the_prompt_of_each_layer(model):
 
 def test_an_emptied_cache_forgets_the_prompt_before(model):
     """A prompt without images behind one with images, on the same cache."""
-    text = {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}
+    text = {"input_ids": torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]]), "attention_mask": torch.ones(2, 4).long()}
     options = {"max_new_tokens": 4, "do_sample": False}
     with apet.patched(model, CONFIG):
         expected = model.generate(**text, **options)
         cache = StaticCache(config=model.config.text_config, max_cache_len=80)
-        model.generate(**inputs((9,)), past_key_values=cache, **options)
+        model.generate(**inputs((12, 5)), past_key_values=cache, **options)
         cache.reset()
         assert torch.equal(model.generate(**text, past_key_values=cache, **options), expected)
