@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from apet.adapters.static_cache import PromptCache, compile_config
     from apet.adapters.vision import ImageLayout
     from apet.compressor import compress
     from apet.config import ApetConfig
@@ -29,9 +30,11 @@ __all__ = [
     "CompressedTokens",
     "CompressionResult",
     "ImageLayout",
+    "PromptCache",
     "StageResult",
     "active_config",
     "apply_patch",
+    "compile_config",
     "compress",
     "expecting_images",
     "last_result",
@@ -45,7 +48,9 @@ _HOMES = {
     "CompressedTokens": "apet.core.types",
     "CompressionResult": "apet.result",
     "ImageLayout": "apet.adapters.vision",
+    "PromptCache": "apet.adapters.static_cache",
     "StageResult": "apet.result",
+    "compile_config": "apet.adapters.static_cache",
     "compress": "apet.compressor",
 }
 

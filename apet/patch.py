@@ -31,10 +31,6 @@ class _Patch:
         positions = adapter.preset.position_mode if config.position_mode == "auto" else config.position_mode
         encoder = EncoderLog(adapter, _per_frame(adapter, config)) if self.vision is None else None
         self.decoder = DecoderPatch(adapter, stages, positions, self.vision, encoder, config.size_bias)
-        self._generation = adapter.model.generation_config
-        # With a static cache on a GPU generate() compiles the decoding step; the hooks' state is not traceable.
-        self._disable_compile = getattr(self._generation, "disable_compile", False)
-        self._generation.disable_compile = True
         self._handles = self.decoder.attach()
         for tower in adapter.towers:
             self._handles += TowerDepth(tower).attach()
@@ -44,10 +40,9 @@ class _Patch:
             self._handles += encoder.attach()
 
     def detach(self) -> None:
-        """Remove the hooks and restore the generation config."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
-        self._generation.disable_compile = self._disable_compile
 
 
 def apply_patch(model: nn.Module, config: ApetConfig) -> nn.Module:

@@ -114,15 +114,15 @@ class _Group:
     Attributes:
         first: 0-based first layer.
         length: Prompt columns, padding included.
-        mask: (B, length) bool, or None without padding.
-        last: (..., B, 1) int64 position of the last prompt token.
+        mask: (B, length) bool, or None without padding; behind the prefill on a static cache as wide as its layers.
+        offset: (..., B, 1) int64 what the position of a new token is ahead of the columns cached before it.
         log_sizes: (B, length) logarithm of the image tokens behind every column, where it is asked for.
     """
 
     first: int
     length: int
     mask: Tensor | None
-    last: Tensor
+    offset: Tensor
     log_sizes: Tensor | None = None
 
 
@@ -217,7 +217,9 @@ class DecoderPatch:
         decoding = state is not None and tokens.shape[1] == 1
         prefill = not decoding and (cache is None or int(cache.get_seq_length()) == 0)
         call = _Call(prefill, cache, ids=given.get("input_ids"), items=items)
-        if not prefill:
+        if prefill:
+            forget_prompt(cache)  # an emptied cache may carry the state of the prompt before
+        else:
             _refuse_continuation(given, tokens, cache, state)
             call.state = state
         self._local.call = call
@@ -227,6 +229,8 @@ class DecoderPatch:
         call, self._local.call = getattr(self._local, "call", None), None
         if call is not None and call.prefill and call.layout is not None:
             self.runs = tuple(call.runs)
+            if call.state is not None:
+                call.state.groups = [_widened(group, call.cache) for group in call.state.groups]
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = getattr(self._local, "call", None)
@@ -429,7 +433,7 @@ class DecoderPatch:
         call.positions = kept
         mask = valid if layout.has_padding else None
         log_sizes = call.sizes.clamp(min=1, max=LARGEST).log() if self._size_bias else None
-        call.state.groups.append(_Group(stage.layer, layout.length, mask, last, log_sizes))
+        call.state.groups.append(_Group(stage.layer, layout.length, mask, last + 1 - layout.length, log_sizes))
 
     def _log_sizes(self, layer: int, keys: int) -> Tensor | None:
         """Log sizes (B, keys) in a layer of the forward in flight; generated tokens count as one."""
@@ -458,14 +462,12 @@ class DecoderPatch:
 
     def _decode_inputs(self, call: _Call, group: _Group, queries: int) -> tuple[Tensor | None, Tensor]:
         """2-D mask (None without padding) and positions (B, q) of a step on a filled cache."""
-        past = call.cache.get_seq_length(group.first)
-        steps = torch.arange(1, queries + 1, device=group.last.device) + (past - group.length)
+        layer = call.cache.layers[group.first]
+        past = layer.get_seq_length()
         mask = group.mask
-        if mask is not None:
-            layer = call.cache.layers[group.first]
-            total = layer.max_cache_len if layer.is_compileable else past + queries
-            mask = nn.functional.pad(mask, (0, total - group.length), value=True)
-        return mask, group.last + steps
+        if mask is not None and not layer.is_compileable:
+            mask = nn.functional.pad(mask, (0, past + queries - group.length), value=True)
+        return mask, group.offset + past + torch.arange(queries, device=group.offset.device)
 
     def _read_layout(self, call: _Call, embeds: Tensor, mask: Any) -> Layout:
         """Roles of the prompt's columns: from the caller's `visual_items`, or from placeholder ids.
@@ -503,6 +505,24 @@ class DecoderPatch:
         if call.records is None:
             return [None]
         return [[Item((len(record.layout.columns),), record.layout.lines) for record in call.records]]
+
+
+def _widened(group: _Group, cache: Any) -> _Group:
+    """The group as decoding on its cache needs it.
+
+    On a static cache its tensors have one shape for all prompts, and its numbers are never read: a compiled decoding
+    step serves every prompt.
+    """
+    layer = cache.layers[group.first] if cache is not None else None
+    if group.mask is None or layer is None or not layer.is_compileable:
+        return group
+    return replace(group, mask=nn.functional.pad(group.mask, (0, layer.max_cache_len - group.length), value=True))
+
+
+def forget_prompt(cache: Any) -> None:
+    """Take the state of a compressed prompt off a cache that is empty again."""
+    if getattr(cache, _STATE, None) is not None:
+        delattr(cache, _STATE)
 
 
 def _layer_hook(patch: DecoderPatch, index: int):

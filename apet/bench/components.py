@@ -5,7 +5,7 @@ pre-hooks of the patch; the hooks here are registered after them and see the mod
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,9 +78,8 @@ def marked(model: nn.Module, device: torch.device, stages: tuple[int, ...]) -> I
         stages: Layers, counted from 1, behind which the decoder's time is split.
     """
     marks, adapter = Marks(device), adapter_for(model)
-    tower = next(getattr(adapter.base_model, name) for name in _TOWERS if hasattr(adapter.base_model, name))
     groups = layer_groups(len(adapter.layers), stages)
-    parts = [(TOTAL, model), (TOWER, tower), (HEAD, model.get_output_embeddings())]
+    parts = [(TOTAL, model), (TOWER, tower_of(model)), (HEAD, model.get_output_embeddings())]
     parts += [(PROJECTOR, adapter.projector)] if adapter.projector is not None else []
     parts += [(groups[index], layer) for index, layer in enumerate(adapter.layers)]
     handles = [handle for name, module in parts for handle in _marking(marks, name, module)]
@@ -101,6 +100,28 @@ def marked(model: nn.Module, device: torch.device, stages: tuple[int, ...]) -> I
         Selector.__call__ = original
         for handle in handles:
             handle.remove()
+
+
+def tower_stops_early(model: nn.Module, call: Callable[[], Any]) -> bool:
+    """Whether `call` leaves out the last layer of the vision tower.
+
+    The hook sits on the layer's first part: a layer that is skipped is still called.
+    """
+    tower = tower_of(model)
+    last = [part for name, part in tower.named_modules() if name.rpartition(".")[0].endswith(("layers", "blocks"))][-1]
+    ran: list[bool] = []
+    handle = next(last.children()).register_forward_pre_hook(lambda *_: ran.append(True))
+    try:
+        call()
+    finally:
+        handle.remove()
+    return not ran
+
+
+def tower_of(model: nn.Module) -> nn.Module:
+    """The vision tower that the presets use."""
+    base = adapter_for(model).base_model
+    return next(getattr(base, name) for name in _TOWERS if hasattr(base, name))
 
 
 def _marking(marks: Marks, name: str, module: nn.Module) -> list:

@@ -6,6 +6,7 @@ shortest answer over the difference of their lengths.
 
 import argparse
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this command."""
     add_model_flags(parser)
     add_device_flags(parser, repeats=5)
+    parser.add_argument("--compile", action="store_true", help="compile decoding (but not the published way's)")
     parser.add_argument("--new_tokens", default="2,16", help="answer lengths, separated by commas")
 
 
@@ -40,12 +42,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = preset.build(device, dtype, args.attn_implementation)
     methods = [name for name in args.methods.split(",") if name not in (NONE, RANDOM)]
     variants = make_variants(model, preset, methods, args.tokens, not args.no_published)
+    if args.compile:
+        variants = {
+            name: one if one.pipeline is not None else one.compiled(lengths[-1]) for name, one in variants.items()
+        }
     tables, figures = [], []
     for batch in batches:
         inputs = preset.inputs(batch, args.text_tokens, device, dtype)
-        fine, failed = runnable(variants, lambda variant, inputs=inputs: variant.generate(inputs, lengths[-1]))
+        fine, failed = runnable(variants, lambda variant, inputs=inputs: _largest(variant, inputs, lengths[-1]))
         found = [_time_answers(fine, inputs, batch, length, device, args) for length in lengths]
-        title = f"{preset.name}, batch {batch}, {described(device, dtype)}"
+        title = f"{preset.name}, batch {batch}, {described(device, dtype)}{', compiled' if args.compile else ''}"
         rows = [
             [name, length, *compared.cells()]
             for length, by_name in zip(lengths, found, strict=True)
@@ -63,12 +69,26 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return {"tables": tables, "batches": figures, "budget": variants[RANDOM].config.to_dict()}
 
 
+def _largest(variant: Variant, inputs: Mapping[str, Tensor], length: int) -> None:
+    """What must fit into memory; compilation is left to the measurement."""
+    replace(variant, cache=None).generate(inputs, length)
+
+
 def _time_answers(
     variants: Sequence[Variant], inputs: Mapping[str, Tensor], batch: int, length: int, device, args
 ) -> dict[str, Comparison]:
     calls = {variant.name: lambda variant=variant: variant.generate(inputs, length) for variant in variants}
     around = {variant.name: variant.active for variant in variants}
-    times = time_in_turns(calls, device, repeats=args.repeats, warmup=args.warmup, around=around)
+    options = {"repeats": args.repeats, "warmup": args.warmup}
+    if args.compile:
+        # A compiled step belongs to the hooks it was traced with, so each variant stays patched and has its own turn.
+        times = {}
+        for name, call in calls.items():
+            torch.compiler.reset()
+            with around[name]():
+                times |= time_in_turns({name: call}, device, **options)
+    else:
+        times = time_in_turns(calls, device, around=around, **options)
     return {name: Comparison.of(times, name, batch) for name in calls}
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import transformers
 
+from apet.bench.timing import number
+
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """A table as JSON types: cells are text, numbers, or None where there is nothing to say.
@@ -62,6 +64,4 @@ def _line(cells) -> str:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return number(value) if isinstance(value, float) else str(value)

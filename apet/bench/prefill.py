@@ -15,7 +15,7 @@ import apet
 from apet.bench.ceilings import add_ceiling_flags, chosen_ceilings
 from apet.bench.ceilings import described as described_ceilings
 from apet.bench.comparison import COLUMNS, Comparison, percent, text, timings_as_json
-from apet.bench.components import TOTAL, marked
+from apet.bench.components import TOTAL, marked, tower_stops_early
 from apet.bench.device import add_device_flags, chosen_device, count_launches, described, graphed
 from apet.bench.output import table
 from apet.bench.presets import PRESETS, Preset, get_preset
@@ -77,14 +77,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _time_to_first_token(
-    variants: Sequence[Variant], failed: Mapping[str, str], inputs: Mapping[str, Tensor], batch: int, device, args
+    variants: Sequence[Variant], failed: dict[str, str], inputs: Mapping[str, Tensor], batch: int, device, args
 ) -> tuple[dict[str, Any], list[list]]:
     calls = {variant.name: lambda variant=variant: variant.prefill(inputs) for variant in variants}
     around = {variant.name: variant.active for variant in variants}
     if args.cuda_graphs:
         for variant in [one for one in variants if one.pipeline is None]:
-            with variant.active():
-                calls[variant.name + _GRAPH] = graphed(calls[variant.name], device)
+            try:
+                with variant.active():
+                    calls[variant.name + _GRAPH] = graphed(calls[variant.name], device)
+            except RuntimeError as error:
+                failed[variant.name + _GRAPH] = f"not captured: {str(error).splitlines()[0]}"
     times = time_in_turns(calls, device, repeats=args.repeats, warmup=args.warmup, around=around)
     rows, figures = [], {}
     for name in calls:
@@ -108,7 +111,7 @@ def _add_predictions(
         if variant.pipeline is not None:
             continue
         with variant.active():
-            variant.prefill(inputs)
+            early = tower_stops_early(variant.model, lambda variant=variant: variant.prefill(inputs))
             visual = preset.visual_tokens(None)
             if variant.config is not None:
                 visual = apet.last_result(variant.model).tokens_per_layer[0]
@@ -118,7 +121,7 @@ def _add_predictions(
             text_tokens=text_tokens,
             batch=len(inputs["input_ids"]),
             dtype=dtype,
-            early_exit=variant.config is not None,
+            early_exit=early,
         )
         predicted[variant.name] = cost.seconds(ceilings) * 1e3
         figures[variant.name]["predicted_ms"] = predicted[variant.name]

@@ -33,7 +33,12 @@ class Timing(NamedTuple):
         return cls(median, p10, p90)
 
     def __str__(self) -> str:
-        return f"{self.median:.3g} ({self.p10:.3g}..{self.p90:.3g})"
+        return f"{number(self.median)} ({number(self.p10)}..{number(self.p90)})"
+
+
+def number(value: float) -> str:
+    """Three digits, and all of them in front of the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def synchronize(device: str | torch.device) -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,12 +26,18 @@ class Variant:
         model: The model.
         config: Its compression, None without one.
         pipeline: Runs the model instead of its own forward.
+        cache: Decode with a compiled step on this cache.
     """
 
     name: str
     model: nn.Module = field(repr=False)
     config: ApetConfig | None
     pipeline: PublishedPipeline | None = None
+    cache: apet.PromptCache | None = field(default=None, repr=False)
+
+    def compiled(self, new_tokens: int) -> "Variant":
+        """The variant with a compiled decoding step, for answers of at most so many tokens."""
+        return replace(self, cache=apet.PromptCache(self.model, new_tokens))
 
     def active(self) -> AbstractContextManager:
         """What must hold during `prefill` and `generate`."""
@@ -51,7 +57,11 @@ class Variant:
         """`new_tokens` greedy tokens (B, T), or prompt and tokens."""
         if self.pipeline is not None:
             return self.pipeline.generate(**inputs, max_new_tokens=new_tokens)
-        return self.model.generate(**inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+        options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
+        if self.cache is not None:
+            self.cache.reset()
+            options |= {"past_key_values": self.cache, "compile_config": apet.compile_config()}
+        return self.model.generate(**inputs, **options)
 
 
 def make_variants(

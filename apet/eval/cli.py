@@ -28,6 +28,16 @@ def add_data_flags(parser: Parser, question_file: str) -> None:
 
 def add_runner_flags(parser: Parser) -> None:
     """How the run is carried out."""
+    add_batch_flags(parser)
+    parser.add_argument("--resume", action="store_true", help="continue a partial answers file of the same settings")
+    parser.add_argument("--limit", type=int, default=None, help="only the first so many questions")
+    parser.add_argument(
+        "--on_error", choices=("stop", "skip"), default="stop", help="an unreadable image: stop, or list it and go on"
+    )
+
+
+def add_batch_flags(parser: argparse.ArgumentParser) -> None:
+    """Batches and worker processes."""
     parser.add_argument(
         "--batch_size",
         type=_batch_size,
@@ -36,11 +46,6 @@ def add_runner_flags(parser: Parser) -> None:
         "depend on it",
     )
     parser.add_argument("--num_workers", type=int, default=4, help="processes that open images; 0 for none")
-    parser.add_argument("--resume", action="store_true", help="continue a partial answers file of the same settings")
-    parser.add_argument("--limit", type=int, default=None, help="only the first so many questions")
-    parser.add_argument(
-        "--on_error", choices=("stop", "skip"), default="stop", help="an unreadable image: stop, or list it and go on"
-    )
 
 
 def add_compression_flags(parser: Parser) -> None:

@@ -89,18 +89,21 @@ class LlavaPreparer:
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Decoding flags. Temperature 0 is greedy."""
+    """Decoding flags. Temperature 0 is greedy; `compile` compiles the decoding step."""
 
     temperature: float = 0.0
     top_p: float | None = None
     num_beams: int = 1
     max_new_tokens: int = 128
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise ValueError(f"--temperature {self.temperature} must not be negative")
         if self.num_beams < 1 or self.max_new_tokens < 1:
             raise ValueError("--num_beams and --max_new_tokens must be at least 1")
+        if self.compile and self.num_beams > 1:
+            raise ValueError(f"--compile does not go with --num_beams {self.num_beams}; leave one of them out")
 
     def kwargs(self) -> dict[str, Any]:
         """Arguments of `generate`."""
@@ -141,12 +144,16 @@ class LlavaAnswerer:
         self._generation, self._config, self._path, self._features = generation, config, model_path, features
         exactly = {} if new_tokens is None else {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
         self._generate = generation.kwargs() | exactly
+        most = self._generate["max_new_tokens"]
+        self._compiled = CompiledDecoding(self.model, most) if generation.compile else None
 
     def load(self, prepared: Sequence[PreparedQuestion]) -> "LoadedQuestions":
         """A batch on its way to the device: on a GPU from pinned memory, in a stream of its own."""
+        count = len(prepared)
+        prepared = self._compiled.filled_up(prepared) if self._compiled else prepared
         ids, mask = _left_pad([one.input_ids for one in prepared], self._pad_id)
         upload = Upload(self.model.device)
-        has_image = tuple(one.has_image for one in prepared)
+        has_image = tuple(one.has_image for one in prepared[:count])
         if self._features is not None and any(has_image):
             return LoadedQuestions(upload(ids), upload(mask), None, None, has_image, upload, tuple(prepared))
         pixels, sizes = self._pixels(prepared)
@@ -166,10 +173,13 @@ class LlavaAnswerer:
             images=images,
             image_sizes=loaded.image_sizes,
             **self._generate,
+            **(self._compiled.kwargs() if self._compiled else {}),
         )
-        new_ids = [self._until_end(row) for row in output.tolist()]
+        if self._compiled:
+            self._compiled.answered(len(output))
+        new_ids = [self._until_end(row) for row in output[: len(loaded.has_image)].tolist()]
         texts = self.preparer.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-        visual = apet.last_result(self.model).layer_averaged_tokens[:: self._generation.num_beams]
+        visual = apet.last_result(self.model).layer_averaged_tokens[:: self._generation.num_beams][: len(texts)]
         return [
             Answer(text.strip(), len(new), tokens if shown else None)
             for text, new, tokens, shown in zip(texts, new_ids, visual, loaded.has_image, strict=True)
@@ -186,7 +196,8 @@ class LlavaAnswerer:
             "dtype": str(model.dtype).removeprefix("torch."),
             "attn_implementation": model.config._attn_implementation,
             "sample_weights": getattr(model.config, "sample_weights", None),
-            "generation": vars(self._generation),
+            # Runs recorded before there was a choice are runs without compilation.
+            "generation": {name: value for name, value in vars(self._generation).items() if name != "compile" or value},
             "compression": self._config.to_dict(),
         }
 
@@ -211,6 +222,33 @@ class LlavaAnswerer:
         ends = {end} if isinstance(end, int) else set(end or ())
         stop = next((index for index, token in enumerate(ids) if token in ends), len(ids) - 1)
         return ids[: stop + 1]
+
+
+class CompiledDecoding:
+    """What `generate` needs to compile its decoding step once and to use it for every batch.
+
+    Args:
+        model: The model that generates.
+        new_tokens: Most tokens of an answer.
+    """
+
+    def __init__(self, model: Any, new_tokens: int) -> None:
+        self._cache = apet.PromptCache(model, new_tokens)
+        self._compile = apet.compile_config()
+        self._rows = 0
+
+    def filled_up(self, prepared: Sequence[PreparedQuestion]) -> list[PreparedQuestion]:
+        """The batch, with repetitions of its first question up to the largest batch so far: its step is compiled."""
+        return [*prepared, *[prepared[0]] * (self._rows - len(prepared))]
+
+    def answered(self, rows: int) -> None:
+        """A batch of so many rows was answered."""
+        self._rows = max(self._rows, rows)
+
+    def kwargs(self) -> dict[str, Any]:
+        """Arguments of `generate`."""
+        self._cache.reset()
+        return {"past_key_values": self._cache, "compile_config": self._compile}
 
 
 class Upload:
@@ -250,7 +288,7 @@ class LoadedQuestions:
         attention_mask: (B, L).
         images: (B, 3, H, W), a list with one tensor per row, or None.
         image_sizes: (width, height) per row, or None.
-        has_image: Which rows have an image of their own.
+        has_image: Which of the questions have an image. Rows behind them only fill up the batch.
         upload: The copies under way.
         looked_up: Questions whose images are encoded, or their features looked up, when they are answered.
     """

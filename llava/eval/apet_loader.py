@@ -15,7 +15,7 @@ from apet.eval.scoring_cli import Parser
 from apet.methods import get_method
 from llava.conversation import new_conversation, plain_conv_mode
 from llava.eval.answerer import GenerationSettings, LlavaAnswerer, LlavaPreparer, PreparedQuestion
-from llava.eval.program import add_model_flags, load_model
+from llava.eval.program import add_compile_flag, add_model_flags, load_model
 from llava.eval.tower_features import TowerFeatures
 from llava.mm_utils import get_model_name_from_path
 
@@ -31,6 +31,7 @@ def add_flags(parser: Parser) -> None:
     parser.add_argument("--top_p", type=float, default=None)
     parser.add_argument("--num_beams", type=int, default=1)
     parser.add_argument("--max_new_tokens", type=int, default=128)
+    add_compile_flag(parser)
 
 
 def load(args: argparse.Namespace) -> "LoadedLlava":
@@ -40,7 +41,7 @@ def load(args: argparse.Namespace) -> "LoadedLlava":
         ValueError: It is no LLaVA checkpoint, or one that sees an image as several crops.
     """
     logging.getLogger("transformers").setLevel(logging.WARNING)
-    generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
+    generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.compile)
     conv_mode = plain_conv_mode(get_model_name_from_path(args.model_path), args.conv_mode)
     new_conversation(conv_mode)
     tokenizer, model, image_processor = load_model(args)

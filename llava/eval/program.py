@@ -39,6 +39,11 @@ def add_model_flags(parser: Parser) -> None:
     parser.add_argument("--load-4bit", action="store_true", help="quantise with bitsandbytes")
 
 
+def add_compile_flag(parser: Parser) -> None:
+    """Whether decoding is compiled."""
+    parser.add_argument("--compile", action="store_true", help="compile the decoding step (with CUDA graphs on a GPU)")
+
+
 def question_parser(program: str, description: str, question_file: str, conv_mode: str, new_tokens: int) -> Parser:
     """Parser with the flags all question-file programs have."""
     parser = Parser(prog=f"python -m {program}", description=description, allow_abbrev=False)
@@ -49,6 +54,7 @@ def question_parser(program: str, description: str, question_file: str, conv_mod
     parser.add_argument("--top_p", type=float, default=None)
     parser.add_argument("--num_beams", type=int, default=1)
     parser.add_argument("--max_new_tokens", type=int, default=new_tokens)
+    add_compile_flag(parser)
     parser.add_argument("--benchmark", type=str, default="vqa", help="how questions are read and answers written")
     add_runner_flags(parser)
     add_compression_flags(parser)
@@ -92,7 +98,7 @@ def main(parser: Parser, argv: list[str] | None, read: Callable[..., list[Questi
 def load_answerer(args: argparse.Namespace, conv_mode: str) -> LlavaAnswerer:
     """Model, preparer and settings of parsed flags."""
     config = config_from_flags(args)
-    generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
+    generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.compile)
     tokenizer, model, image_processor = load_model(args)
     preparer = LlavaPreparer(tokenizer, image_processor, model.config, conv_mode)
     name = get_model_name_from_path(args.model_path)
@@ -151,7 +157,7 @@ def _local_answerer(args: argparse.Namespace) -> Answerer:
 
 
 def _server_answerer(args: argparse.Namespace) -> Answerer:
-    generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens)
+    generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.compile)
     decoding = {"temperature": generation.temperature, "max_tokens": generation.max_new_tokens}
     if generation.temperature > 0:
         decoding["seed"] = args.seed

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from bench.shrunk import shrunk
+from transformers import CompileConfig
 
 import apet
 from apet.bench import __main__ as program
@@ -78,6 +79,20 @@ def test_generate(capsys):
     assert [one["new_tokens"] for one in figures["calls"]] == [1, 3]
     assert set(figures["calls"][0]) == {"new_tokens", "none", "random", "apet"}
     assert [one["title"].split(",")[0] for one in result["tables"]] == ["whole answers", "decoding"]
+
+
+def test_generate_compiled(capsys, monkeypatch):
+    def traced():
+        config = CompileConfig(backend="eager", mode=None, fullgraph=True, dynamic=False)
+        config._compile_all_devices = True
+        return config
+
+    monkeypatch.setattr(apet, "compile_config", traced)
+    torch._dynamo.utils.counters.clear()
+    result = bench(capsys, "generate", "--batch", "1", "--new_tokens", "3", "--text_tokens", "5", "--compile")
+    assert set(result["batches"][0]["calls"][0]) == {"new_tokens", "none", "random", "apet", "as published"}
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    assert "compiled" in result["tables"][0]["title"]
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,11 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlavaForConditionalGeneration)
             kwargs["visual_items"] = visual_items
         return super().forward(*args, **kwargs)
 
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> dict:
+        # A compiled decoding step would be made anew for every prompt length these have.
+        model_kwargs.pop("visual_items", None)
+        return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         """The transformers method; weights get the names of the transformers class, whatever they were loaded from."""
         super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)
