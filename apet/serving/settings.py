@@ -97,8 +97,8 @@ def check_family(config: ApetConfig, row: Served) -> None:
     try:
         if image_selector(config, row).adaptive:
             raise ValueError(
-                f"method {config.method!r} with {config.method_options} gives images fewer tokens than their budget, but "
-                "vLLM must know the number before it encodes an image; leave out what makes the method adaptive"
+                f"method {config.method!r} with {config.method_options} gives images fewer tokens than their budget, "
+                "but vLLM must know the number before it encodes an image; leave out what makes the method adaptive"
             )
         if config.position_mode not in ("auto", row.position_mode):
             raise ValueError(
