@@ -45,7 +45,8 @@ def in_model(llm: Any, function: Callable, **arguments: Any) -> Any:
 def start(*flags: str, **environment: str) -> subprocess.Popen:
     """Start scripts/serve.sh with the interpreter of this process, in a process group of its own."""
     command = ["bash", str(ROOT / "scripts/serve.sh"), "--kv-cache-memory-bytes", str(CACHE), "--dtype", "float32"]
-    command += ["--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager", *flags]
+    # Blocks of the prefix cache shorter than a pruned prompt; the CPU default is 128 tokens.
+    command += ["--block-size", "32", "--max-model-len", "1024", "--max-num-seqs", "4", "--enforce-eager", *flags]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     settings = {"APET_VENV": "none", "PYTHON": sys.executable, "PATH": path, **environment}
     return subprocess.Popen(
