@@ -29,9 +29,11 @@ def install(monkeypatch) -> FakeRegistry:
     class VllmConfig:
         def __init__(self, architecture: str, additional_config: Any = None, **multimodal: Any) -> None:
             self.additional_config = {} if additional_config is None else additional_config
+            self.lora_config = multimodal.pop("lora_config", None)
             vision = SimpleNamespace(model_type=multimodal.pop("encoder", "clip_vision_model"))
             defaults = {"language_model_only": False, "video_pruning_rate": None}
             self.model_config = SimpleNamespace(
+                runner_type=multimodal.pop("runner_type", "generate"),
                 architecture=architecture, _architecture=architecture, _model_info="info", registry=registry,
                 hf_config=SimpleNamespace(architectures=[architecture], vision_config=vision),
                 multimodal_config=SimpleNamespace(**(defaults | multimodal)),

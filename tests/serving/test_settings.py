@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -260,6 +261,11 @@ def test_an_engine_without_settings_keeps_its_model(vllm):
     assert set(vllm.models) == {row.registered for row in SERVED}
 
 
+def test_a_draft_model_is_left_alone(vllm):
+    config = engine("EagleLlamaForCausalLM", {"apet": {"visual_token_num": 64}}, runner_type="draft")
+    assert config.model_config.hf_config.architectures == ["EagleLlamaForCausalLM"]
+
+
 @pytest.mark.parametrize("row", SERVED, ids=lambda row: row.family)
 def test_settings_exchange_the_model(vllm, row):
     config = engine(row.architecture, {"apet": {"visual_token_num": 64}})
@@ -283,6 +289,7 @@ def test_registering_twice_wraps_once(vllm):
     (LLAVA, {"encoder": "pixtral"}, "pixtral"),
     (QWEN, {"video_pruning_rate": 0.5}, "--video-pruning-rate 0.5"),
     (LLAVA, {"language_model_only": True}, "without images"),
+    (LLAVA, {"lora_config": SimpleNamespace(enable_tower_connector_lora=True)}, "adapters of the vision tower"),
 ])  # fmt: skip
 def test_engines_that_do_not_fit_are_refused_and_left_alone(vllm, architecture, multimodal, says):
     with pytest.raises(ValueError, match=says):
