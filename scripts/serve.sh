@@ -28,4 +28,4 @@ if [ -n "${APET:-}" ]; then settings=(--additional-config "{\"apet\": $APET}"); 
 # Naming the plugin lets vLLM add its route GET /v1/apet too.
 export VLLM_PLUGINS=${VLLM_PLUGINS:-apet}
 exec vllm serve "$MODEL" --served-model-name "$(basename "$MODEL")" --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" \
-    ${settings[@]+"${settings[@]}"} "$@"
+    --enable-prompt-tokens-details ${settings[@]+"${settings[@]}"} "$@"

@@ -57,20 +57,24 @@ class FakeEndpoint:
     Attributes:
         requests: (path, headers, body) of every request so far.
         busiest: Largest number of chat requests under way at a time.
+        url: Its base URL.
         models: What /v1/models lists.
+        extra: Further paths, and the JSON they answer with.
     """
 
     def __init__(self, answer: Callable[[dict[str, Any]], Reply]) -> None:
         self.requests: list[tuple[str, dict[str, str], Any]] = []
         self.busiest = 0
+        self.extra: dict[str, Any] = {}
         self.models = [{"id": "tiny", "max_model_len": 1024}]
         self._answer, self._busy, self._lock = answer, 0, threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}/v1"
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}/v1"
+    def answer_with(self, answer: Callable[[dict[str, Any]], Reply]) -> None:
+        """Answer differently from now on."""
+        self._answer = answer
 
     def chats(self) -> list[dict[str, Any]]:
         """Bodies of the chat requests."""
@@ -93,8 +97,9 @@ class FakeEndpoint:
 
             def do_GET(self) -> None:
                 fake.requests.append((self.path, dict(self.headers), None))
-                known = self.path == "/v1/models"
-                self._send(Reply(body={"data": fake.models}) if known else Reply(404, {"detail": "Not Found"}))
+                known = {"/v1/models": {"data": fake.models}} | fake.extra
+                found = self.path in known
+                self._send(Reply(body=known[self.path]) if found else Reply(404, {"detail": "Not Found"}))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -41,7 +41,7 @@ LAYERS = (
     Layer("apet.families", ("apet.config", "apet.adapters")),
     Layer("apet.cost", (*MODEL_SIDE, "apet.patch"), ("torch",)),
     Layer("apet.vis", ("apet",), ("torch", "PIL", "numpy")),
-    Layer("apet.bench", ("apet",), ("torch", "transformers", "numpy", "tqdm")),
+    Layer("apet.bench", ("apet",), ("torch", "transformers", "numpy", "tqdm", "PIL")),
     Layer("apet.compare", ("apet",), ("torch", "transformers", "numpy", "tqdm", "matplotlib")),
     Layer(
         "apet.serving",

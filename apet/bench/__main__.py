@@ -17,7 +17,7 @@ from apet.eval.benchmarks.files import write_json_atomic, write_text_atomic
 from apet.eval.scoring_cli import Parser
 
 # Name of the sub-command and of its module. The first line of the module's docstring is its help.
-COMMANDS = ("compress", "prefill", "generate", "eval", "cost")
+COMMANDS = ("compress", "prefill", "generate", "eval", "cost", "serve")
 
 
 def module_of(command: str) -> ModuleType:

@@ -42,13 +42,14 @@ def configure(vllm_config: Any) -> None:
     """
     config = read_settings(vllm_config.additional_config)
     model_config = vllm_config.model_config
-    if config is None or model_config is None:
+    # The draft model of speculative decoding is configured too; it reads the prompts of the model it drafts for.
+    if config is None or model_config is None or model_config.runner_type == "draft":
         return
     row = served(model_config.architecture)
     if model_config.architecture == row.registered:
         return
     check_family(config, row)
-    _check_engine(model_config, row)
+    _check_engine(vllm_config, row)
     setattr(model_config.hf_config, _ATTRIBUTE, config.to_dict())
     model_config.hf_config.architectures = [row.registered]
     model_config._model_info, model_config._architecture = model_config.registry.inspect_model_cls(
@@ -65,8 +66,14 @@ def settings_of(hf_config: Any) -> ApetConfig:
     return ApetConfig.from_dict(getattr(hf_config, _ATTRIBUTE))
 
 
-def _check_engine(model_config: Any, row: Served) -> None:
-    """Raise ValueError for engine options that would prune twice or bypass the model."""
+def _check_engine(vllm_config: Any, row: Served) -> None:
+    """Raise ValueError for engine options that would prune twice, bypass the model or count tokens otherwise."""
+    model_config, lora = vllm_config.model_config, vllm_config.lora_config
+    if lora is not None and lora.enable_tower_connector_lora:
+        raise ValueError(
+            f"additional_config[{KEY!r}]: adapters of the vision tower or projector (--enable-tower-connector-lora) "
+            "are not possible, as vLLM derives their lengths from the tokens in the prompt; leave out the flag"
+        )
     if row.architecture == "LlavaForConditionalGeneration":
         kind = model_config.hf_config.vision_config.model_type
         if kind == "pixtral":
@@ -76,7 +83,7 @@ def _check_engine(model_config: Any, row: Served) -> None:
     multimodal = model_config.multimodal_config
     if multimodal is None or multimodal.language_model_only:
         raise ValueError(f"additional_config[{KEY!r}]: the engine runs the language model alone, without images")
-    if getattr(multimodal, "video_pruning_rate", None):
+    if multimodal.video_pruning_rate:
         raise ValueError(
             f"additional_config[{KEY!r}] and --video-pruning-rate {multimodal.video_pruning_rate} both prune videos; "
             "leave out the latter"

@@ -2,15 +2,13 @@
 
 vLLM lets a model that prunes videos correct the positions it has laid out: the model appends channels with positions
 to its embeddings, and `recompute_mrope_positions` reads them off when the embeddings enter the prompt. The same way
-serves images here. Positions go through the embeddings' precision, so each is split into two parts below 256, which
-bfloat16 holds exactly.
+serves images here.
 """
 
 import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from vllm.model_executor.models.qwen2_5_vl import (
@@ -27,11 +25,9 @@ from apet.methods import selector
 from apet.methods.base import Selector
 from apet.serving.counts import image_tokens, video_blocks
 from apet.serving.plugin import settings_of
+from apet.serving.positions import CHANNELS, extent, from_channels, grid_positions, prompt_positions, to_channels
 from apet.serving.processing import CompressedInfo, KeyedProcessor
 from apet.serving.settings import image_selector, served
-
-_BASE = 256
-_CHANNELS = 4  # time, height, width, and the extent of the whole picture
 
 
 def _ask_for_positions_on_cpu() -> None:
@@ -119,55 +115,29 @@ class ApetQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):  # noqa: N801 - the fa
     ) -> Tensor:
         """Kept rows (K, D) of a picture with the channels of their positions, (K, D + 8)."""
         number, length, keep = blocks
-        positions = torch.from_numpy(grid_positions(grid, tempo)).to(rows.device)
+        positions = grid_positions(grid, tempo).to(rows.device)
         if keep < length:
             result = select(rows.view(number, length, -1), keep)
             first = torch.arange(number, device=rows.device).view(-1, 1) * length
             rows, positions = result.tokens.flatten(0, 1), positions[(result.indices + first).flatten()]
-        channels = torch.cat([positions // _BASE, positions % _BASE], dim=1)
-        return torch.cat([rows, channels.to(rows.dtype)], dim=1)
+        return torch.cat([rows, to_channels(positions).to(rows.dtype)], dim=1)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[Tensor, int]:
         """Positions (3, L) of a prompt: those of text are final, a picture's are all its first one."""
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
-        spans = [feature.mm_position for feature in features]
+        spans = [(feature.mm_position.offset, feature.mm_position.length) for feature in features]
         extents = [extent(grid, tempo) for _, *grid, tempo in self.iter_mm_grid_thw(features)]
-        parts, done, position = [], 0, 0
-        for span, length in zip(spans, extents, strict=True):
-            text = span.offset - done
-            parts += [np.arange(position, position + text), np.full(span.length, position + text)]
-            position, done = position + text + length, span.offset + span.length
-        parts.append(np.arange(position, position + len(input_tokens) - done))
-        position += len(input_tokens) - done
-        positions = np.broadcast_to(np.concatenate(parts), (3, len(input_tokens)))
-        return torch.from_numpy(positions.astype(np.int64)), position - len(input_tokens)
+        positions, end = prompt_positions(len(input_tokens), spans, extents)
+        return torch.from_numpy(positions).expand(3, -1).contiguous(), end - len(input_tokens)
 
     def recompute_mrope_positions(
         self, input_ids: Any, multimodal_embeddings: Sequence[Tensor], mrope_positions: Tensor, num_computed_tokens: int
     ) -> tuple[Sequence[Tensor], Tensor, int]:
         """Embeddings without their channels, and the positions (3, L) with those of the pictures written in."""
-        rows = [one[:, : -2 * _CHANNELS] for one in multimodal_embeddings]
-        channels = [one[:, -2 * _CHANNELS :].float() for one in multimodal_embeddings]
+        rows = [one[:, :-CHANNELS] for one in multimodal_embeddings]
         # vLLM's own function takes the four last columns for positions: here they are all there is.
-        positions = [one[:, :_CHANNELS] * _BASE + one[:, _CHANNELS:] for one in channels]
+        positions = [from_channels(one[:, -CHANNELS:]) for one in multimodal_embeddings]
         _, updated, delta = super().recompute_mrope_positions(
             input_ids, positions, mrope_positions, num_computed_tokens
         )
         return rows, updated, delta
-
-
-def grid_positions(grid: Sequence[int], tempo: float) -> np.ndarray:
-    """(tokens, 4) int64 time, height and width of a picture's tokens, as if it stood first, and its extent.
-
-    Args:
-        grid: (time, height, width) in tokens.
-        tempo: Positions per step of time.
-    """
-    axes = np.indices(tuple(grid)).reshape(3, -1)
-    axes[0] = (axes[0] * tempo).astype(np.int64)
-    return np.column_stack([axes.T, np.full(axes.shape[1], extent(grid, tempo))])
-
-
-def extent(grid: Sequence[int], tempo: float) -> int:
-    """Positions a picture takes: text behind it goes on this many after its first."""
-    return 1 + max(int((grid[0] - 1) * tempo), grid[1] - 1, grid[2] - 1)

@@ -92,10 +92,14 @@ def check_family(config: ApetConfig, row: Served) -> None:
     """Check what depends on the model.
 
     Raises:
-        ValueError: A method or option that the family does not know in an engine.
+        ValueError: A method or option that does not work for the family in an engine.
     """
     try:
-        image_selector(config, row)
+        if image_selector(config, row).adaptive:
+            raise ValueError(
+                f"method {config.method!r} with {config.method_options} gives images fewer tokens than their budget, "
+                "but vLLM must know the number before it encodes an image; leave out what makes the method adaptive"
+            )
         if config.position_mode not in ("auto", row.position_mode):
             raise ValueError(
                 f"position_mode={config.position_mode!r} is not possible for {row.family} in vLLM, which knows "

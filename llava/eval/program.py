@@ -133,10 +133,11 @@ def load_model(args: argparse.Namespace) -> tuple:
 
 
 def _answer(parser: Parser, args: argparse.Namespace, read: Callable[..., list[Question]] | None) -> int:
+    if args.server is not None:
+        _refuse_local_flags(parser, args)
     config_from_flags(args)
     wanted = run_options(args)
     if args.server is not None:
-        _refuse_local_flags(parser, args)
         # The server forms its own batches; ours only keep it busy: while the last answers of one come, others wait.
         wanted = replace(wanted, batch_size=4 * args.concurrency)
     options = rank_options(wanted, args.chunks_given)

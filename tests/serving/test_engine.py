@@ -1,0 +1,201 @@
+"""Inside a real vLLM, in float32: same tokens kept, same embeddings and answers as the transformers patch."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from checkpoints import PROMPT, QUESTION, picture, write_llava_next, write_qwen
+from engine import ROOT, SMALL, engine, in_model
+from families import END, IMAGE, START, VIDEO
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+
+import apet
+from apet.adapters import adapter_for
+from llava.model.hugging_face import export_checkpoint
+
+PICTURES = {"wide": picture(170, 84, 1), "tall": picture(84, 200, 2), "square": picture(140, 140, 3)}
+SHOWN = [["wide"], ["tall"], ["tall", "wide"], ["square", "square"], []]
+NEW, SPECIAL = 8, [0, 1, 2, *range(90, 96)]
+GREEDY = SamplingParams(
+    temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False, allowed_token_ids=list(range(3, 90))
+)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoints")
+    for name in ("qwen", "next"):
+        (root / name).mkdir()
+    sample = export_checkpoint(str(ROOT / "data/sample/model/llava-v1.5-sample"), root / "sample")
+    return {"qwen": write_qwen(root / "qwen"), "next": write_llava_next(root / "next"), "sample": sample}
+
+
+class Reference:
+    """The transformers model of a tiny checkpoint, patched, and prompts for both sides."""
+
+    def __init__(self, folder, settings):
+        self.qwen = folder.name == "qwen"
+        kind = "Qwen2_5_VL" if self.qwen else "LlavaNext"
+        cls = getattr(transformers, f"{kind}ForConditionalGeneration")
+        self.model = cls.from_pretrained(folder, dtype=torch.float32).eval()
+        self.processor = transformers.AutoProcessor.from_pretrained(folder)
+        if settings is not None:
+            apet.apply_patch(self.model, apet.ApetConfig.from_dict(settings))
+
+    def ids(self, kinds, counts=None):
+        """Ids with one placeholder per picture, or as many as `counts` says."""
+        rows = list(PROMPT)
+        for number, kind in enumerate(kinds):
+            run = [kind] * (1 if counts is None else counts[number])
+            rows += [7, 9] * (number > 0) + ([START, *run, END] if self.qwen else run)
+        return rows + QUESTION
+
+    def answer(self, names, frames=None):
+        """Greedy ids; also the number of tokens of the whole prompt."""
+        kinds = [IMAGE] * len(names) if frames is None else [VIDEO]
+        inputs, counts = {}, []
+        if frames is not None:
+            inputs = dict(self.processor.video_processor([frames], return_tensors="pt"))
+            inputs["second_per_grid_ts"] = torch.tensor([1.0])
+            counts = (inputs["video_grid_thw"].prod(-1) // 4).tolist()
+        elif names:
+            inputs = dict(self.processor.image_processor([PICTURES[name] for name in names], return_tensors="pt"))
+            if self.qwen:
+                counts = (inputs["image_grid_thw"].prod(-1) // 4).tolist()
+            else:
+                counts = [len(one.columns) for one in adapter_for(self.model)._layouts(inputs["image_sizes"])]
+        ids = torch.tensor([self.ids(kinds, counts)])
+        if self.qwen:
+            inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        output = self.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
+            suppress_tokens=SPECIAL, **inputs,
+        )  # fmt: skip
+        return output[0, ids.shape[1] :].tolist(), ids.shape[1]
+
+
+def prompts(reference):
+    """What the engine gets for `SHOWN`."""
+    return [
+        {
+            "prompt_token_ids": reference.ids([IMAGE] * len(names)),
+            "multi_modal_data": {"image": [PICTURES[n] for n in names]},
+        }
+        if names
+        else {"prompt_token_ids": reference.ids([])}
+        for names in SHOWN
+    ]
+
+
+CASES = [
+    ("qwen", None), ("qwen", {"image_token_ratio": 0.3}), ("qwen", {"visual_token_num": 5, "method": "divprune"}),
+    ("next", None), ("next", {"visual_token_num": 16}), ("next", {"visual_token_num": 60, "budget_per": "image"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
+def test_greedy_answers_equal_those_of_the_transformers_patch(folders, name, settings):
+    reference = Reference(folders[name], settings)
+    wanted = [reference.answer(names) for names in SHOWN]
+    with engine(folders[name], settings, limit_mm_per_prompt={"image": 2}) as llm:
+        alone = [llm.generate(one, GREEDY, use_tqdm=False)[0] for one in prompts(reference)]
+        # Once more together: now with embeddings from the cache.
+        again = llm.generate(prompts(reference), GREEDY, use_tqdm=False)
+    for (ids, length), first, second in zip(wanted, alone, again, strict=True):
+        assert list(first.outputs[0].token_ids) == list(second.outputs[0].token_ids) == ids
+        shorter = settings is not None and length > len(PROMPT) + len(QUESTION)
+        assert (len(first.prompt_token_ids) < length) == shorter
+
+
+@pytest.mark.parametrize(
+    "settings", [{"visual_token_num": 7}, {"visual_token_num": 2, "video_budget_per": "frame"}], ids=str
+)
+def test_videos_of_qwen(folders, settings):
+    reference = Reference(folders["qwen"], settings)
+    # Two steps in time, wider than long: here transformers and vLLM agree on the text behind the video.
+    frames = np.stack([np.asarray(picture(168, 84, seed)) for seed in range(4)])
+    meta = {
+        "fps": 2.0,
+        "duration": 2.0,
+        "total_num_frames": 4,
+        "frames_indices": [0, 1, 2, 3],
+        "do_sample_frames": False,
+    }
+    wanted, length = reference.answer([], torch.from_numpy(frames).permute(0, 3, 1, 2))
+    with engine(folders["qwen"], settings, limit_mm_per_prompt={"video": 1, "image": 0}) as llm:
+        prompt = {"prompt_token_ids": reference.ids([VIDEO]), "multi_modal_data": {"video": [(frames, meta)]}}
+        (output,) = llm.generate(prompt, GREEDY, use_tqdm=False)
+    kept = 7 if "video_budget_per" not in settings else 4
+    assert len(output.prompt_token_ids) == len(PROMPT) + 2 + len(QUESTION) + kept < length
+    assert list(output.outputs[0].token_ids) == wanted
+
+
+def embedded(model, pixels, sizes=None):
+    """What the engine's model makes of pixels: kept positions and embeddings, as lists."""
+    import torch
+
+    with torch.inference_mode():
+        extra = {} if sizes is None else {"image_sizes": torch.tensor(sizes)}
+        rows = model.embed_multimodal(pixel_values=torch.tensor(pixels), **extra)
+    kept = [[crop.tolist() for crop in record.kept] for record in model._vision_stage.records]
+    return kept, [one.tolist() for one in rows]
+
+
+def test_kept_tokens_and_embeddings_of_llava_equal_those_of_the_patch(folders):
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folders["sample"], dtype=torch.float32).eval()
+    settings = {"visual_token_num": 64}
+    pixels = torch.randn(3, 3, 336, 336, generator=torch.Generator().manual_seed(0))
+    with apet.patched(model, apet.ApetConfig.from_dict(settings)), torch.inference_mode():
+        features = model.model.get_image_features(pixel_values=pixels).pooler_output
+        records = model._apet_patch.vision.records
+    with engine(folders["sample"], settings) as llm:
+        kept, rows = in_model(llm, embedded, pixels=pixels.tolist())
+    for full, record, indices, found in zip(features, records, kept, rows, strict=True):
+        assert [record.kept[0].tolist()] == indices
+        torch.testing.assert_close(torch.tensor(found), full[record.kept[0]], rtol=1e-4, atol=1e-5)
+
+
+def test_kept_tokens_and_embeddings_of_tiles_equal_those_of_the_patch_and_newlines_stay(folders):
+    settings = {"visual_token_num": 4}
+    reference = Reference(folders["next"], settings)
+    inputs = reference.processor.image_processor([PICTURES["wide"], PICTURES["tall"]], return_tensors="pt")
+    model = reference.model
+    with torch.inference_mode():
+        features = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
+    records = model._apet_patch.vision.records
+    with engine(folders["next"], settings, limit_mm_per_prompt={"image": 2}) as llm:
+        kept, rows = in_model(
+            llm, embedded, pixels=inputs["pixel_values"].tolist(), sizes=inputs["image_sizes"].tolist()
+        )
+    for full, record, indices, found in zip(features, records, kept, rows, strict=True):
+        assert [crop.tolist() for crop in record.kept] == indices
+        columns = dataclasses.replace(record, all_newlines=True).kept_columns()
+        assert len(columns) > len(record.kept_columns())  # some line is empty, its newline stays
+        torch.testing.assert_close(torch.tensor(found), full[columns], rtol=1e-4, atol=1e-5)
+
+
+BAD = [
+    ("sample", {"visual_token_num": 64, "layer_list": [6], "image_token_list": [32]}, "equally many in all"),
+    ("sample", {"visual_token_num": 64, "method": "visionzip"}, "visionzip"),
+    ("sample", {"tokens": 64}, "unknown ApetConfig field 'tokens'"),
+    ("qwen", {"visual_token_num": 64, "position_mode": "compact"}, "knows 'keep'"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "says"), BAD, ids=str)
+def test_a_bad_configuration_is_refused(folders, name, settings, says):
+    arguments = EngineArgs(str(folders[name]), additional_config={"apet": settings}, **SMALL)
+    with pytest.raises(ValueError, match=says):
+        arguments.create_engine_config()
+
+
+def test_settings_reach_the_model_and_only_where_they_are_given(folders):
+    given, none = (
+        EngineArgs(str(folders["sample"]), additional_config=one, **SMALL).create_engine_config()
+        for one in ({"apet": {"visual_token_num": 64}}, {})
+    )
+    assert given.model_config.architecture == "ApetLlava"
+    assert none.model_config.architecture == "LlavaForConditionalGeneration"
