@@ -1,5 +1,7 @@
 """Decoding on static caches: the patched step traces as one graph, and one graph serves every prompt."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import images, left_pad, prompt, tiny_llava
@@ -40,7 +42,7 @@ def model():
     return tiny_llava("sdpa")
 
 
-@pytest.mark.parametrize("config", [CONFIG, None], ids=["compressed", "none"])
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, size_bias=True), None], ids=["compressed", "sizes", "none"])
 @pytest.mark.parametrize("cache_type", ["prompt", "static"])
 def test_one_graph_serves_all_prompts(model, config, cache_type):
     if config is not None:

@@ -116,7 +116,8 @@ class _Group:
         length: Prompt columns, padding included.
         mask: (B, length) bool, or None without padding; behind the prefill on a static cache as wide as its layers.
         offset: (..., B, 1) int64 what the position of a new token is ahead of the columns cached before it.
-        log_sizes: (B, length) logarithm of the image tokens behind every column, where it is asked for.
+        log_sizes: (B, length) logarithm of the image tokens behind every column, where it is asked for; as wide as
+            `mask` can be.
     """
 
     first: int
@@ -441,7 +442,7 @@ class DecoderPatch:
         group = call.state.group_of(layer) if call is not None and call.state is not None else None
         if group is None or group.log_sizes is None:
             return None
-        return nn.functional.pad(group.log_sizes, (0, keys - group.length))
+        return nn.functional.pad(group.log_sizes, (0, keys - group.log_sizes.shape[1]))
 
     def _layer_inputs(self, call: _Call, group: _Group, hidden: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
         """Attention mask and rotary embeddings of the layers of a group, in prefill or decoding."""
@@ -514,9 +515,15 @@ def _widened(group: _Group, cache: Any) -> _Group:
     step serves every prompt.
     """
     layer = cache.layers[group.first] if cache is not None else None
-    if group.mask is None or layer is None or not layer.is_compileable:
+    if layer is None or not layer.is_compileable:
         return group
-    return replace(group, mask=nn.functional.pad(group.mask, (0, layer.max_cache_len - group.length), value=True))
+    missing = (0, layer.max_cache_len - group.length)
+    mask, sizes = group.mask, group.log_sizes
+    return replace(
+        group,
+        mask=None if mask is None else nn.functional.pad(mask, missing, value=True),
+        log_sizes=None if sizes is None else nn.functional.pad(sizes, missing),
+    )
 
 
 def forget_prompt(cache: Any) -> None:
