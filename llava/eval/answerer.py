@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from transformers import GenerationConfig
 
 import apet
 from apet.eval.answerer import Answer
@@ -167,7 +168,7 @@ class LlavaAnswerer:
             image_sizes=loaded.image_sizes,
             **self._generate,
         )
-        new_ids = [self._until_end(row) for row in output.tolist()]
+        new_ids = [until_end(row, self.model.generation_config) for row in output.tolist()]
         texts = self.preparer.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
         visual = apet.last_result(self.model).layer_averaged_tokens[:: self._generation.num_beams]
         return [
@@ -205,12 +206,13 @@ class LlavaAnswerer:
         same = len({one.shape for one in pixels}) == 1
         return (torch.stack(pixels) if same else pixels), sizes
 
-    def _until_end(self, ids: list[int]) -> list[int]:
-        """Generated ids up to the end token, which counts, without the padding of shorter rows."""
-        end = self.model.generation_config.eos_token_id
-        ends = {end} if isinstance(end, int) else set(end or ())
-        stop = next((index for index, token in enumerate(ids) if token in ends), len(ids) - 1)
-        return ids[: stop + 1]
+
+def until_end(ids: list[int], generation: GenerationConfig) -> list[int]:
+    """Generated ids up to the end token, which counts, without the padding of shorter rows."""
+    end = generation.eos_token_id
+    ends = {end} if isinstance(end, int) else set(end or ())
+    stop = next((index for index, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: stop + 1]
 
 
 class Upload:
