@@ -11,6 +11,8 @@ from apet.eval.images import ImageError
 
 # In the order in which they are looked for.
 EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv")
+# Headers miscount a few frames; a file with a smaller share of them is not all there.
+_WHOLE = 0.9
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,9 @@ def read_clip(path: str | Path, count: int) -> Clip:
     try:
         total, rate = _declared(av, file)
         frames, found = _pick(av, file, frame_indices(total, count) if total else ())
-        if found and found != total:  # the header was wrong, or says nothing
+        if found < _WHOLE * total:
+            raise ImageError(f"video file {file} is cut off: it has {found} of its {total} frames")
+        if found and found != total:  # the header is a little wrong, or says nothing
             frames, found = _pick(av, file, frame_indices(found, count))
     except (av.error.FFmpegError, IndexError) as error:
         raise ImageError(f"video file {file} cannot be decoded: {error}") from None

@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
@@ -51,6 +51,7 @@ class LlavaPreparer:
         config: Model config (`image_aspect_ratio`, `mm_use_im_start_end`, ...).
         conv_mode: Key of `llava.conversation.conv_templates`.
         known: Image files that need not be opened, because the answerer has their features.
+        videos: Whether questions may be about videos.
     """
 
     tokenizer: Any
@@ -58,6 +59,7 @@ class LlavaPreparer:
     config: Any
     conv_mode: str
     known: Container[str] = frozenset()
+    videos: ClassVar[bool] = False
 
     def render(self, question: Question) -> str:
         """The prompt text, one user turn and an open assistant turn."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL.Image import Image
 from torch import Tensor
@@ -26,11 +26,13 @@ class FamilyPreparer:
         processor: Of the checkpoint.
         conv_mode: Key of `llava.conversation.conv_templates`, where the checkpoint has no chat template.
         frames: Frames taken from a video.
+        videos: Whether questions may be about videos.
     """
 
     processor: FamilyProcessor
     conv_mode: str
     frames: int = FRAMES
+    videos: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.frames < 1:

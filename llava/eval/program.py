@@ -78,19 +78,27 @@ def add_server_flags(parser: Parser) -> None:
     group.add_argument("--concurrency", type=int, default=8, help="requests under way at a time")
 
 
-def main(parser: Parser, argv: list[str] | None, read: Callable[..., list[Question]] | None = None) -> int:
+def main(
+    parser: Parser,
+    argv: list[str] | None,
+    read: Callable[..., list[Question]] | None = None,
+    complete: Callable[[argparse.Namespace], None] | None = None,
+) -> int:
     """Parse, answer, report. Returns the exit status; what the user can mend is one line, not a traceback.
 
     Args:
         parser: From `question_parser`.
         argv: Arguments, None for the command line's.
         read: (benchmark, args) -> questions, where reading depends on flags.
+        complete: Fills in arguments that follow from others.
     """
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("transformers", "httpx", "accelerate", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
+        if complete is not None:
+            complete(args)
         return _answer(parser, args, read)
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
@@ -149,6 +157,8 @@ def _answer(parser: Parser, args: argparse.Namespace, read: Callable[..., list[Q
     benchmark: Benchmark = get_benchmark(args.benchmark)
     questions = benchmark.read(args.question_file) if read is None else read(benchmark, args)
     answerer = _local_answerer(args) if args.server is None else _server_answerer(args)
+    if any(question.video is not None for question in questions) and not answerer.preparer.videos:
+        raise ValueError(f"{answerer.model_id} takes no videos here; name a checkpoint of a family that does")
     torch.manual_seed(args.seed)
     record = run(benchmark, answerer, options, questions)
     merge_ranks(options, wanted.answers_file)
@@ -159,7 +169,7 @@ def _answer(parser: Parser, args: argparse.Namespace, read: Callable[..., list[Q
 def _local_answerer(args: argparse.Namespace) -> Answerer:
     conv_mode = plain_conv_mode(get_model_name_from_path(args.model_path), args.conv_mode)
     new_conversation(conv_mode)
-    return load_answerer(args, conv_mode)
+    return load_answerer(args, conv_mode, getattr(args, "num_frames", FRAMES))
 
 
 def _server_answerer(args: argparse.Namespace) -> Answerer:
