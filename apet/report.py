@@ -82,8 +82,8 @@ class Run:
     def video_budget(self) -> str:
         """The budget of videos as text, where they have their own."""
         count, per = self.compression.get("video_token_num"), self.compression.get("video_budget_per", "auto")
-        unit = "video" if per == "auto" else f"video {per}"
-        return "" if count is None else f"{count} per {unit}"
+        unit = "" if per == "auto" else f" per {per}"
+        return "" if count is None else f"video {count}{unit}"
 
     @property
     def method(self) -> str:

@@ -106,7 +106,7 @@ class MsrvttQa(VideoQa):
 
 @register
 class TgifQa(VideoQa):
-    """TGIF-QA, frame questions of the test split: 25,751 questions."""
+    """TGIF-QA, the questions of its test split about a single frame."""
 
     name = "tgif"
 
