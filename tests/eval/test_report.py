@@ -277,9 +277,9 @@ def test_budgets_of_videos_are_budgets(add, report_of):
     add("msvd", 47.0, tokens=576.0, **family)
     _, rows, _, _ = report_of()
     found = [(row["method"], row["budget"], row["msvd, accuracy"]) for row in rows]
-    assert sorted(found) == [
+    assert set(found) == {
         ("apet", "video 192 per clip", "48.00 (96.0%)"),
         ("apet", "video 22", "49.00 (98.0%)"),
         ("apet", "576", "47.00 (94.0%)"),
         ("none", "all", "50.00"),
-    ]
+    }
