@@ -32,6 +32,9 @@ _NOTES = """
   basis = 33 rows of 257. Budgets inside the decoder are the clip's.
 - **Positions.** "keep" leaves the surviving tokens their positions, "compact" numbers them anew;
   `position_mode` sets either.
+- **Programs.** `python -m llava.eval.model_vqa_loader`, `model_vqa`, `model_vqa_mmbench`, `model_vqa_science` and
+  `run_llava` answer with checkpoints of every family; `python -m llava.eval.video_qa` with those that see videos,
+  InternVL by showing it the frames as images.
 - **Preset budgets.** Published for Qwen2.5-VL and Video-LLaVA; Qwen2-VL and Qwen3-VL take those of Qwen2.5-VL.
   The published Qwen2.5-VL code leaves its decoder stage off and so keeps 30 % in all layers; with it the
   average is 20 %.

@@ -19,9 +19,10 @@ from apet.eval.benchmarks.files import listing, read_json, require_keys
 from apet.eval.scoring_cli import Parser, run
 
 _BUDGET_FIELDS = (
-    "visual_token_num", "image_token_ratio", "layer_list", "image_token_list", "image_token_ratio_list",
+    "visual_token_num", "image_token_ratio", "video_token_num", "video_budget_per", "layer_list", "image_token_list",
+    "image_token_ratio_list",
 )  # fmt: skip
-_ALL_TOKENS = 576  # the default of --visual_token_num, which means no compression
+_ALL_TOKENS = 576  # of LLaVA-1.5, whose runs may have them as a budget: no compression
 _SCORE_KEYS = ("name", "metric", "value", "n_questions")
 _RECORD_KEYS = (
     "status", "settings", "environment", "counts", "layer_averaged_tokens", "samples_per_second", "failures",
@@ -74,13 +75,20 @@ class Run:
         ratio, count = self.compression.get("image_token_ratio"), self.compression.get("visual_token_num")
         if ratio not in (None, 1.0):
             return ratio
-        per_crop = self.compression.get("budget_per", "crop") == "crop"
-        return None if per_crop and isinstance(count, int) and count >= _ALL_TOKENS else count
+        llava = "family" not in self.record["settings"] and self.compression.get("budget_per", "crop") == "crop"
+        return None if llava and isinstance(count, int) and count >= _ALL_TOKENS else count
+
+    @property
+    def video_budget(self) -> str:
+        """The budget of videos as text, where they have their own."""
+        count, per = self.compression.get("video_token_num"), self.compression.get("video_budget_per", "auto")
+        unit = "" if per == "auto" else f" per {per}"
+        return "" if count is None else f"video {count}{unit}"
 
     @property
     def method(self) -> str:
         """Compression method, "none" where no budget is below the image's tokens."""
-        limited = self.vision_budget is not None or self.compression.get("layer_list")
+        limited = self.vision_budget is not None or self.video_budget or self.compression.get("layer_list")
         return self.compression["method"] if limited else "none"
 
     @property
@@ -91,7 +99,8 @@ class Run:
         cuts = self.compression.get("image_token_list") or self.compression.get("image_token_ratio_list") or []
         layers = self.compression.get("layer_list") or []
         after = [f"{cut} after layer {layer}" for layer, cut in zip(layers, cuts, strict=False)]
-        return ", ".join([*([] if self.vision_budget is None else [str(self.vision_budget)]), *after])
+        vision = "" if self.vision_budget is None else str(self.vision_budget)
+        return ", ".join(filter(None, [vision, self.video_budget, *after]))
 
     @cached_property
     def protocol(self) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 # What differs per benchmark is in scripts/_benchmarks/<benchmark>.sh, per model family in scripts/<family>/_family.sh.
 #
 #   MODEL             checkpoint folder or hub id  DATA             folder of the benchmarks (data/eval)
-#   TOKENS            a published budget of the family (LLaVA-1.5: 192, 128, 64; LLaVA-1.6: 640, 320, 160), or none
+#   TOKENS            a published budget of the family (LLaVA-1.5: 192, 128, 64; LLaVA-1.6: 640, 320, 160;
+#                     Qwen2.5-VL: 20, 30 percent; Video-LLaVA: 256), or none
 #   METHOD            compression method (apet)    VISUAL_TOKEN_NUM, LAYER_LIST, IMAGE_TOKEN_LIST, BASIS_TOKEN_NUM
+#                     (Qwen2.5-VL: IMAGE_TOKEN_RATIO, IMAGE_TOKEN_RATIO_LIST; Video-LLaVA: VIDEO_TOKEN_NUM)
 #   COMPAT            published: the published accounting of LLaVA-1.6 images
 #   OUT               root of answers and scores (DATA)             EXPERIMENT   their name (checkpoint and settings)
 #   IMAGE_FOLDER      images of this benchmark     SPLIT            question file, where a benchmark has several
 #   MME_PART          1: score the MME categories that are there, where some are not (the bundled sample has 5)
 #   OCR               1 or 0: TextVQA with the OCR tokens in the prompt or without
+#   JUDGE             chat model that judges answers about videos, behind OPENAI_BASE_URL (key: OPENAI_API_KEY)
 #   BATCH_SIZE, NUM_WORKERS, DTYPE, DEVICE, CONV_MODE               as the flags of the same name
 #   CUDA_VISIBLE_DEVICES                           one process per GPU; CHUNKS overrides their number
 #   PYTHON            interpreter (.venv/bin/python if there is one, else python3)
@@ -63,6 +66,8 @@ run_benchmark() {
   BENCHMARK=$2
   shift 3
   ARGUMENTS=("$@")
+  # of LLaVA; families with others set them
+  VISION_BUDGET=VISUAL_TOKEN_NUM LLM_BUDGET=IMAGE_TOKEN_LIST ALL_TOKENS=576
   EXPERIMENT_GIVEN=${EXPERIMENT:-}
   settings
   check_arguments
@@ -113,34 +118,44 @@ need_model() {
 }
 
 # set_budget TOKENS: flags of a published budget of the family, unless the environment gives others; names the experiment.
+# VISION_BUDGET and LLM_BUDGET name the variables, and flags, of its two parts; an entry without the second has no layers.
 set_budget() {
-  local entry budget='' known='' given=${VISUAL_TOKEN_NUM:-}${LAYER_LIST:-}${IMAGE_TOKEN_LIST:-}${BASIS_TOKEN_NUM:-}
+  local entry budget='' known='' given=${!VISION_BUDGET:-}${LAYER_LIST:-}${!LLM_BUDGET:-}${BASIS_TOKEN_NUM:-}
+  local vision=${!VISION_BUDGET:-} llm=${!LLM_BUDGET:-}
   BASIS_TOKEN_NUM=${BASIS_TOKEN_NUM:-10}
   if [ "$1" = none ]; then
-    VISUAL_TOKEN_NUM=576 LAYER_LIST=[] IMAGE_TOKEN_LIST=[]
+    vision=$ALL_TOKENS LAYER_LIST=[] llm=[]
   else
     for entry in "${BUDGETS[@]}"; do
       known="$known${entry%%:*}, "
       if [ "${entry%%:*}" = "$1" ]; then budget=${entry#*:}; fi
     done
     [ -n "$budget" ] ||
-      fail "TOKENS=$1 is not a published budget; choose ${known}or none, or set VISUAL_TOKEN_NUM and IMAGE_TOKEN_LIST"
-    VISUAL_TOKEN_NUM=${VISUAL_TOKEN_NUM:-${budget%/*}}
-    IMAGE_TOKEN_LIST=${IMAGE_TOKEN_LIST:-[${budget#*/}]}
+      fail "TOKENS=$1 is not a published budget; choose ${known}or none, or set $VISION_BUDGET and $LLM_BUDGET"
+    vision=${vision:-${budget%/*}}
+    llm=${llm:-[${budget#*/}]}
+    if [ "$llm" = "[]" ]; then LAYER_LIST=[]; fi
     LAYER_LIST=${LAYER_LIST:-[$BUDGET_LAYER]}
   fi
-  COMPRESSION=(--visual_token_num "$VISUAL_TOKEN_NUM" --layer_list "$LAYER_LIST" --image_token_list "$IMAGE_TOKEN_LIST"
-    --basis_token_num "$BASIS_TOKEN_NUM" --method "$METHOD")
-  name_experiment "$1" "$given"
+  COMPRESSION=(--layer_list "$LAYER_LIST" "$(flag_of "$LLM_BUDGET")" "$llm" --basis_token_num "$BASIS_TOKEN_NUM"
+    --method "$METHOD")
+  if [ -n "$vision" ]; then COMPRESSION=("$(flag_of "$VISION_BUDGET")" "$vision" "${COMPRESSION[@]}"); fi
+  name_experiment "$1" "$given" "$vision" "$llm"
   if [ -n "${COMPAT:-}" ]; then
     COMPRESSION+=(--compat "$COMPAT")
     variant "$COMPAT"
   fi
 }
 
-# name_experiment TOKENS GIVEN: the published name (the checkpoint's) for the published run, a longer one for others.
+# flag_of NAME: the flag of an environment variable.
+flag_of() {
+  echo "--$1" | tr '[:upper:]' '[:lower:]'
+}
+
+# name_experiment TOKENS GIVEN VISION LLM: the published name (the checkpoint's) for the published run, a longer one for
+# others.
 name_experiment() {
-  local flags="v$VISUAL_TOKEN_NUM-l$LAYER_LIST-t$IMAGE_TOKEN_LIST-b$BASIS_TOKEN_NUM"
+  local flags="v$3-l$LAYER_LIST-t$4-b$BASIS_TOKEN_NUM"
   EXPERIMENT=${EXPERIMENT_GIVEN:-$(basename "$MODEL")}
   if [ "$1" = none ]; then
     variant none

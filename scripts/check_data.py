@@ -22,6 +22,8 @@ _HUB = "the hub; the scripts expect data/model/<name>"
 _CHECKPOINTS = (
     ("`llava-v1.5-7b`", "liuhaotian/llava-v1.5-7b", "`scripts/llava1_5`"),
     ("`llava-v1.6-vicuna-7b`", "liuhaotian/llava-v1.6-vicuna-7b", "`scripts/llava1_6`"),
+    ("`Qwen2.5-VL-7B-Instruct`", "Qwen/Qwen2.5-VL-7B-Instruct", "`scripts/qwen2_5_vl`"),
+    ("`Video-LLaVA-7B-hf`", "LanguageBind/Video-LLaVA-7B-hf", "`scripts/video_llava`"),
     ("`clip-vit-large-patch14-336`", "openai/clip-vit-large-patch14-336", "vision tower of LLaVA-1.5"),
 )
 
@@ -160,6 +162,8 @@ Scripts take another folder from the variable `DATA`, and write answers and scor
   `<category>/questions_answers_YN`; `MME_Benchmark_release_version` may hold a further folder `MME_Benchmark`.
 - POPE: `llava_pope_test.jsonl` belongs to the label files of August 2023 (2,910 random questions); newer ones work too.
 - ScienceQA: an image is `images/test/<question id>/image.png`.
+- MSVD-QA, MSRVTT-QA, TGIF-QA, ActivityNet-QA: a video is `<video_name>` with the extension .mp4, .avi, .mov or .mkv;
+  for ActivityNet-QA `v_<video_name>`. Answers are joined by `question_id` where `test_a.json` has it, else by place.
 - VizWiz, VQAv2: their answers are with the evaluation servers; the scripts write the file to upload. MMBench is scored
   here and has an upload file as well.
 

@@ -52,6 +52,7 @@ LAYERS = (
     Layer("apet.report", ("apet.eval",), ("matplotlib",)),
     Layer("apet.eval", (*LIBRARY, "apet.eval"), ("torch", "transformers", "PIL", "numpy", "tqdm", "shortuuid")),
     Layer("apet.eval.endpoint"),
+    Layer("apet.eval.videos", ("apet.eval",), ("PIL", "numpy", "av")),
     Layer("apet.eval.metrics"),
     Layer("apet.eval.benchmarks", ("apet.eval.benchmarks", "apet.eval.metrics"), ("numpy", "pandas", "openpyxl")),
     Layer("llava", ("llava",), ("torch", "transformers")),  # the package file itself: re-exports

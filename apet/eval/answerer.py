@@ -5,7 +5,7 @@ The benchmark side (`apet.eval.benchmarks`) and the model side meet only here, s
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from PIL.Image import Image
 
@@ -28,7 +28,13 @@ class Answer:
 
 
 class Preparer(Protocol):
-    """CPU side of a model family. Instances are sent to worker processes, so they must be picklable."""
+    """CPU side of a model family. Instances are sent to worker processes, so they must be picklable.
+
+    Attributes:
+        videos: Whether questions may be about videos.
+    """
+
+    videos: ClassVar[bool]
 
     def prepare(self, question: Question, images: Sequence[Image]) -> Any:
         """Turn a question and its images (none, or one) into what `Answerer.answer` takes.

@@ -5,13 +5,13 @@ Every flag is accepted with `_` and with `-`. Lists are parsed as literals, neve
 
 import argparse
 
-from apet.config import ApetConfig, parse_list
+from apet.config import BUDGETS_PER, VIDEO_BUDGETS_PER, ApetConfig, parse_list
 from apet.eval.batches import AUTO, CPU_BATCH_SIZE
 from apet.eval.run_options import RunOptions
 from apet.eval.scoring_cli import Parser
 from apet.methods import get_method, method_names, parse_method
 
-# Tokens of an image in LLaVA-1.5: as a budget it keeps everything.
+# Tokens of an image in LLaVA-1.5: as its budget it keeps everything.
 ALL_TOKENS = 576
 
 
@@ -52,12 +52,29 @@ def add_compression_flags(parser: Parser) -> None:
     """Budgets and method. Without them nothing is compressed."""
     group = parser.add_argument_group("visual-token compression")
     group.add_argument(
-        "--visual_token_num", type=int, default=ALL_TOKENS, help="tokens per image after the vision stage"
+        "--visual_token_num",
+        type=int,
+        default=ALL_TOKENS,
+        action=_TokensFlag,
+        help="tokens per image after the vision stage; not given, all of them, however many an image has",
     )
+    parser.set_defaults(tokens_given=False)
     group.add_argument("--layer_list", type=str, default=None, help="decoder layers after which to cut, like '[16]'")
     group.add_argument("--image_token_list", type=str, default=None, help="tokens per image left there, like '[32]'")
     group.add_argument("--image_token_ratio", type=float, default=None, help="vision stage as a share of the tokens")
     group.add_argument("--image_token_ratio_list", type=str, default=None, help="layers' budgets as shares")
+    group.add_argument(
+        "--video_token_num",
+        type=int,
+        default=None,
+        help="tokens per frame or clip of a video after the vision stage (default: as for images)",
+    )
+    group.add_argument(
+        "--video_budget_per",
+        type=str,
+        default="auto",
+        help=f"what a video's vision budget is for: {', '.join(VIDEO_BUDGETS_PER)} (as the family was published)",
+    )
     group.add_argument("--basis_token_num", type=int, default=10, help="basis tokens k")
     group.add_argument(
         "--method",
@@ -75,7 +92,11 @@ def add_compression_flags(parser: Parser) -> None:
     group.add_argument("--fps_start", type=str, default="farthest", help="farthest, first, or a token index")
     group.add_argument("--position_mode", type=str, default="auto", help="auto, compact or keep")
     group.add_argument(
-        "--budget_per", type=str, default="crop", help="anyres: is visual_token_num per crop or per image"
+        "--budget_per",
+        type=str,
+        default="crop",
+        help="what the budgets are for: each crop of an image, each image, or all pictures of a prompt together "
+        f"({', '.join(BUDGETS_PER)})",
     )
     group.add_argument(
         "--size_bias", action="store_true", help="merged tokens count for as many as they stand for in the decoder"
@@ -96,14 +117,16 @@ def config_from_flags(args: argparse.Namespace) -> ApetConfig:
         options["error_target"] = args.error_target
         get_method(method, **options)
     ratio = None if args.image_token_ratio in (None, 1.0) else args.image_token_ratio
-    # The flag's default means "all tokens"; the method "none" takes no budget at all.
-    whole = ratio is not None or (method == "none" and args.visual_token_num == ALL_TOKENS)
+    # The flag's default means all tokens, and the method "none" takes no budget at all.
+    whole = args.visual_token_num == ALL_TOKENS and (method == "none" or not args.tokens_given)
     return ApetConfig(
         visual_token_num=None if whole else args.visual_token_num,
         image_token_ratio=ratio,
         layer_list=parse_list(args.layer_list, "--layer_list"),
         image_token_list=parse_list(args.image_token_list, "--image_token_list"),
         image_token_ratio_list=parse_list(args.image_token_ratio_list, "--image_token_ratio_list"),
+        video_token_num=args.video_token_num,
+        video_budget_per=args.video_budget_per,
         basis_token_num=args.basis_token_num,
         method=method,
         method_options=options,
@@ -135,6 +158,14 @@ def run_options(args: argparse.Namespace) -> RunOptions:
         limit=args.limit,
         on_error=args.on_error,
     )
+
+
+class _TokensFlag(argparse.Action):
+    """Stores the value and that it was given: an image of another family than LLaVA-1.5 may have more tokens."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, values)
+        namespace.tokens_given = True
 
 
 class _ChunkFlag(argparse.Action):

@@ -16,10 +16,13 @@ from apet.eval.benchmarks import get_benchmark
 from apet.eval.benchmarks.files import iterate_jsonl, listing, read_json, read_text
 from apet.eval.benchmarks.mmbench_table import read_table
 from apet.eval.benchmarks.mme import CATEGORIES
+from apet.eval.images import ImageError
+from apet.eval.videos import find_video
 
 _EVAL_ZIP = "eval.zip of the LLaVA repository (docs/Evaluation.md)"
 _OPEN_COMPASS = "the MMBench website (OpenCompass)"
 _COCO = "the COCO download page (cocodataset.org)"
+_VIDEO_QA = "the Video-LLaVA repository, TRAIN_AND_VALIDATE.md (GPT_Zero_Shot_QA)"
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,12 @@ class BenchmarkData:
         name: Name of the script, or of the registered benchmark where there is no script.
         folder: Below the data folder.
         files: The question file first.
-        images: Folders below `folder` where images may be, the first that is there counts; none if the question file
-            holds its images.
+        images: Folders below `folder` where images (or videos) may be, the first that is there counts; none if the
+            question file holds its images.
         image_source: Where they come from, by name.
         benchmark: Registered benchmark that reads the question file.
-        script: Whether there is a script per model family.
+        script: Whether there is a script for a model family.
+        videos: Whether the questions are about videos; their answers are in the second file.
     """
 
     name: str
@@ -63,11 +67,25 @@ class BenchmarkData:
     image_source: str = ""
     benchmark: str = ""
     script: bool = True
+    videos: bool = False
+
+    @property
+    def media(self) -> str:
+        """What the folders hold."""
+        return "videos" if self.videos else "images"
 
 
 def _pope_labels(split: str, rows: tuple[int, ...]) -> DataFile:
     source = "the POPE repository, output/coco (the state of August 2023 has 2,910 random questions)"
     return DataFile(f"coco/coco_pope_{split}.json", f"labels, {split}", source, "jsonl", rows)
+
+
+def _video_qa(name: str, folder: str, videos: str, rows: tuple[int, ...]) -> BenchmarkData:
+    files = (
+        DataFile("test_q.json", "questions", _VIDEO_QA, "json", rows),
+        DataFile("test_a.json", "answers", _VIDEO_QA, "json", rows),
+    )
+    return BenchmarkData(name, f"GPT_Zero_Shot_QA/{folder}_Zero_Shot_QA", files, (videos,), _VIDEO_QA, videos=True)
 
 
 DATA = (
@@ -138,6 +156,10 @@ DATA = (
         ),
         ("test2015",), f"{_COCO}, test2015.zip",
     ),
+    _video_qa("msvd", "MSVD", "videos", (13_157,)),
+    _video_qa("msrvtt", "MSRVTT", "videos/all", (72_821,)),
+    _video_qa("tgif", "TGIF", "mp4", ()),
+    _video_qa("activitynet", "Activitynet", "all_test", (8_000,)),
     BenchmarkData(
         "mmvet", "mm-vet",
         (DataFile("llava-mm-vet.jsonl", "questions", _EVAL_ZIP, "jsonl", (218,)),),
@@ -221,21 +243,32 @@ def _counts(file: DataFile) -> str:
 def _check_images(data: BenchmarkData, folder: Path, readable: bool) -> Finding:
     """Compare the image folder with the question file; without a `readable` one only the folder is looked for."""
     found = next((folder / name for name in data.images if (folder / name).is_dir()), folder / data.images[0])
-    source = f"images: {data.image_source}"
+    source = f"{data.media}: {data.image_source}"
     if not found.is_dir():
         return Finding("missing", str(found), "", source)
     if not readable:
         return Finding("ok", str(found), "not compared: there are no questions", source)
     try:
-        questions = get_benchmark(data.benchmark or data.name).read(folder / data.files[0].path)
+        files = data.files[:2] if data.videos else data.files[:1]
+        questions = get_benchmark(data.benchmark or data.name).read(*(folder / file.path for file in files))
     except (ValueError, KeyError, TypeError) as error:
         return Finding("broken", str(found), f"the question file cannot be read: {error}", source)
-    names = dict.fromkeys(question.image for question in questions if question.image is not None)
-    absent = [name for name in names if not (found / name).is_file()]
+    shown = (question.video if data.videos else question.image for question in questions)
+    names = dict.fromkeys(name for name in shown if name is not None)
+    absent = [name for name in names if not _is_there(found / name, data.videos)]
     if absent:
         remark = f"{len(absent):,} of {len(names):,} missing: {listing(absent, 3)}"
         return Finding("incomplete", str(found), remark, source)
-    return Finding("ok", str(found), f"{len(names):,} images of {len(questions):,} questions", source)
+    return Finding("ok", str(found), f"{len(names):,} {data.media} of {len(questions):,} questions", source)
+
+
+def _is_there(path: Path, video: bool) -> bool:
+    if not video:
+        return path.is_file()
+    try:
+        return find_video(path).is_file()
+    except ImageError:
+        return False
 
 
 def _count_json(path: Path) -> int:
@@ -291,5 +324,5 @@ def layout_table(entries: Sequence[BenchmarkData]) -> str:
             rows.append((entry.name, f"`{entry.folder}/{file.path}`", file.content, _counts(file), file.source))
         if entry.images:
             folders = " or ".join(f"`{entry.folder}/{name}/`".replace("/./", "/") for name in entry.images)
-            rows.append((entry.name, folders, "images", "", entry.image_source))
+            rows.append((entry.name, folders, entry.media, "", entry.image_source))
     return markdown_table(("benchmark", "file or folder", "content", "rows", "where it comes from"), rows)

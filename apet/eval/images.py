@@ -21,11 +21,13 @@ class Pictures(Sequence[Image.Image]):
 
     Attributes:
         path: The image file; None without an image, or where the question file holds it.
+        video: The question's video, with or without its extension; None without one.
     """
 
     def __init__(self, question: Question, folder: str) -> None:
         self._question, self._folder = question, folder
         self.path = None if question.image is None else str(_image_path(question, folder))
+        self.video = None if question.video is None else str(Path(folder).expanduser() / question.video)
 
     def __len__(self) -> int:
         return int(self._question.image is not None or self._question.image_base64 is not None)

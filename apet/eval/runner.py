@@ -67,7 +67,7 @@ def run(
     """
     questions = questions[: options.limit]
     shard = split_balanced(questions, options.num_chunks)[options.chunk_idx]
-    answers = AnswersFile(options.answers_file)
+    answers = AnswersFile(options.answers_file, benchmark.key_names)
     record = RunRecord.begin(options, answerer, len(shard))
     done = answers.open(shard, record, options.resume)
     todo = [index for index in range(len(shard)) if index not in done]
@@ -187,10 +187,11 @@ def _label(options: RunOptions) -> str:
 def _report_failure(question: Question, problem: ImageError, options: RunOptions, record: RunRecord) -> None:
     if options.on_error == "stop":
         raise ValueError(
-            f"question {question.question_id!r}: {problem}. Mend the image and continue with --resume, or leave such "
+            f"question {question.question_id!r}: {problem}. Mend the file and continue with --resume, or leave such "
             "questions out with --on_error skip"
         )
-    record.failures.append({"question_id": question.question_id, "image": question.image, "error": str(problem)})
+    shown = {"image": question.image} if question.video is None else {"video": question.video}
+    record.failures.append({"question_id": question.question_id, **shown, "error": str(problem)})
 
 
 def _sorted(
@@ -205,7 +206,8 @@ def _sorted(
 
     def place(index: int) -> tuple[bool, int]:
         question = shard[index]
-        return question.image is not None or question.image_base64 is not None, length(question)
+        shown = (question.image, question.image_base64, question.video)
+        return any(one is not None for one in shown), length(question)
 
     return sorted(todo, key=place, reverse=True)
 
@@ -241,20 +243,21 @@ class _Prepared(Dataset):
             return index, error
 
 
-def _key(row: dict[str, Any]) -> str:
-    """What identifies an answer: id, prompt and (MMBench) round. Question ids alone repeat in TextVQA."""
-    return json.dumps([row.get("question_id"), row.get("prompt"), row.get("round_id")])
-
-
 def _question_key(question: Question) -> str:
     return json.dumps([question.question_id, question.text, question.fields.get("round_id")])
 
 
 class AnswersFile:
-    """A JSON-lines file of answers that can be continued."""
+    """A JSON-lines file of answers that can be continued.
 
-    def __init__(self, path: str) -> None:
+    Args:
+        path: The file.
+        key_names: Where a line has the question's id and its text.
+    """
+
+    def __init__(self, path: str, key_names: tuple[str, str]) -> None:
         self.path = Path(path).expanduser()
+        self._id_name, self._text_name = key_names
         self._file = None
 
     def open(self, questions: Sequence[Question], record: RunRecord, resume: bool) -> set[int]:
@@ -289,9 +292,13 @@ class AnswersFile:
         """Sort the complete file into question order."""
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         place = {_question_key(question): index for index, question in enumerate(questions)}
-        order = [place[_key(json.loads(line))] for line in lines]
+        order = [place[self._key(json.loads(line))] for line in lines]
         if order != sorted(order):
             write_text_atomic(self.path, "".join(line for _, line in sorted(zip(order, lines, strict=True))))
+
+    def _key(self, row: dict[str, Any]) -> str:
+        """What identifies an answer: id, prompt and (MMBench) round. Question ids alone repeat in TextVQA."""
+        return json.dumps([row.get(self._id_name), row.get(self._text_name), row.get("round_id")])
 
     def _repair(self, questions: Sequence[Question]) -> set[int]:
         place = {_question_key(question): index for index, question in enumerate(questions)}
@@ -309,10 +316,10 @@ class AnswersFile:
                 ) from None
             if not whole:
                 break
-            index = place.get(_key(row))
+            index = place.get(self._key(row))
             if index is None:
                 raise ValueError(
-                    f"{self.path} line {number} answers question {row.get('question_id')!r}, which is not among the "
+                    f"{self.path} line {number} answers question {row.get(self._id_name)!r}, which is not among the "
                     "questions of this run; give another --answers-file, or leave out --resume to start anew"
                 )
             if index not in done:

@@ -8,7 +8,7 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL.Image import Image
 
@@ -22,7 +22,9 @@ _MODEL_FIELDS = ("id", "root", "max_model_len", "owned_by")
 
 @dataclass(frozen=True)
 class ServerPreparer:
-    """CPU side: one user message, pictures first."""
+    """CPU side: one user message, pictures first. Videos are not sent."""
+
+    videos: ClassVar[bool] = False
 
     def prepare(self, question: Question, images: Sequence[Image]) -> list[Message]:
         """The conversation of a question."""

@@ -2,11 +2,12 @@
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from transformers import GenerationConfig
 
 import apet
 from apet.eval.answerer import Answer
@@ -50,6 +51,7 @@ class LlavaPreparer:
         config: Model config (`image_aspect_ratio`, `mm_use_im_start_end`, ...).
         conv_mode: Key of `llava.conversation.conv_templates`.
         known: Image files that need not be opened, because the answerer has their features.
+        videos: Whether questions may be about videos.
     """
 
     tokenizer: Any
@@ -57,6 +59,7 @@ class LlavaPreparer:
     config: Any
     conv_mode: str
     known: Container[str] = frozenset()
+    videos: ClassVar[bool] = False
 
     def render(self, question: Question) -> str:
         """The prompt text, one user turn and an open assistant turn."""
@@ -177,7 +180,8 @@ class LlavaAnswerer:
         )
         if self._compiled:
             self._compiled.answered(len(output))
-        new_ids = [self._until_end(row) for row in output[: len(loaded.has_image)].tolist()]
+        shown_rows = output[: len(loaded.has_image)].tolist()
+        new_ids = [until_end(row, self.model.generation_config) for row in shown_rows]
         texts = self.preparer.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
         visual = apet.last_result(self.model).layer_averaged_tokens[:: self._generation.num_beams][: len(texts)]
         return [
@@ -216,12 +220,13 @@ class LlavaAnswerer:
         same = len({one.shape for one in pixels}) == 1
         return (torch.stack(pixels) if same else pixels), sizes
 
-    def _until_end(self, ids: list[int]) -> list[int]:
-        """Generated ids up to the end token, which counts, without the padding of shorter rows."""
-        end = self.model.generation_config.eos_token_id
-        ends = {end} if isinstance(end, int) else set(end or ())
-        stop = next((index for index, token in enumerate(ids) if token in ends), len(ids) - 1)
-        return ids[: stop + 1]
+
+def until_end(ids: list[int], generation: GenerationConfig) -> list[int]:
+    """Generated ids up to the end token, which counts, without the padding of shorter rows."""
+    end = generation.eos_token_id
+    ends = {end} if isinstance(end, int) else set(end or ())
+    stop = next((index for index, token in enumerate(ids) if token in ends), len(ids) - 1)
+    return ids[: stop + 1]
 
 
 class CompiledDecoding:

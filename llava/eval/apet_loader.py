@@ -1,4 +1,4 @@
-"""LLaVA checkpoints for the programs of `apet` that run whole models (`apet.compare`, `apet.vis`).
+"""Checkpoints for the programs of `apet` that run whole models (`apet.compare`, `apet.vis`).
 
 They look for this module by its name; it holds what `apet.eval.loader` documents.
 """
@@ -10,14 +10,17 @@ import numpy as np
 from torch import nn
 
 import apet
+from apet.adapters import adapter_for
 from apet.eval.benchmarks import Question
 from apet.eval.scoring_cli import Parser
 from apet.methods import get_method
 from llava.conversation import new_conversation, plain_conv_mode
 from llava.eval.answerer import GenerationSettings, LlavaAnswerer, LlavaPreparer, PreparedQuestion
+from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
 from llava.eval.program import add_compile_flag, add_model_flags, load_model
 from llava.eval.tower_features import TowerFeatures
 from llava.mm_utils import get_model_name_from_path
+from llava.model.processors import FamilyProcessor, Inputs
 
 # What a method's vision stage may ask for without a look into the tower.
 BEHIND_TOWER = {"text_embeddings", "vision_features"}
@@ -34,23 +37,25 @@ def add_flags(parser: Parser) -> None:
     add_compile_flag(parser)
 
 
-def load(args: argparse.Namespace) -> "LoadedLlava":
+def load(args: argparse.Namespace) -> "LoadedLlava | LoadedFamily":
     """The checkpoint of the model flags.
 
     Raises:
-        ValueError: It is no LLaVA checkpoint, or one that sees an image as several crops.
+        ValueError: It is no vision-language checkpoint, or one that sees an image as several crops.
     """
     logging.getLogger("transformers").setLevel(logging.WARNING)
     generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.compile)
     conv_mode = plain_conv_mode(get_model_name_from_path(args.model_path), args.conv_mode)
     new_conversation(conv_mode)
     tokenizer, model, image_processor = load_model(args)
-    aspect = getattr(model.config, "image_aspect_ratio", None)
-    if aspect == "anyres":
+    family = isinstance(image_processor, FamilyProcessor)
+    if not adapter_for(model).single_crop or getattr(model.config, "image_aspect_ratio", None) == "anyres":
         raise ValueError(
-            f"{args.model_path} sees an image as several crops (image_aspect_ratio 'anyres'); budgets per image and "
-            "pictures of its tokens exist for checkpoints of one crop only (LLaVA-1.5)"
+            f"{args.model_path} sees an image as several crops; budgets per image and pictures of its tokens exist for "
+            "checkpoints of one crop only (LLaVA-1.5, Qwen-VL, Video-LLaVA)"
         )
+    if family:
+        return LoadedFamily(model, FamilyPreparer(image_processor, conv_mode), generation, args.model_path)
     preparer = LlavaPreparer(tokenizer, image_processor, model.config, conv_mode)
     return LoadedLlava(model, preparer, generation, args.model_path)
 
@@ -89,3 +94,43 @@ class LoadedLlava:
         pixels = prepared.pixels.permute(1, 2, 0).double().numpy()
         pixels = pixels * np.array(processor.image_std) + np.array(processor.image_mean)
         return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+class LoadedFamily:
+    """A checkpoint of another family.
+
+    Where images keep their own size, `image_tokens` is what the smallest has: every image can meet a budget below it.
+    """
+
+    def __init__(
+        self, model: nn.Module, preparer: FamilyPreparer, generation: GenerationSettings, model_path: str
+    ) -> None:
+        self.model, self.image_tokens = model, preparer.processor.fewest_tokens
+        self.model_id = get_model_name_from_path(model_path)
+        self.layers = model.config.get_text_config().num_hidden_layers
+        self._preparer, self._generation, self._path = preparer, generation, model_path
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Not one for all images.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(f"{self._path} has no fixed grid of tokens; pictures of them are drawn for LLaVA-1.5 only")
+
+    def answerer(
+        self, config: apet.ApetConfig, *, share_tower: bool = False, new_tokens: int | None = None
+    ) -> FamilyAnswerer:
+        """The model with this compression; its vision model runs for every question."""
+        return FamilyAnswerer(
+            self.model, self._preparer, self._generation, config, self.model_id, self._path, new_tokens
+        )
+
+    def prompt_length(self, question: Question) -> int:
+        """Tokens of a question's prompt, its picture counted as one."""
+        return self._preparer.prompt_length(question)
+
+    def seen(self, prepared: Inputs) -> np.ndarray:
+        """As `grid`."""
+        raise ValueError(f"{self._path} has no fixed grid of tokens; pictures of them are drawn for LLaVA-1.5 only")

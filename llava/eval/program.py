@@ -19,8 +19,10 @@ from apet.eval.scoring_cli import Parser
 from apet.eval.server import ServerAnswerer
 from llava.conversation import new_conversation, plain_conv_mode
 from llava.eval.answerer import GenerationSettings, LlavaAnswerer, LlavaPreparer
+from llava.eval.family_answerer import FRAMES, FamilyAnswerer, FamilyPreparer
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
+from llava.model.processors import FamilyProcessor, Limits
 
 _DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -37,6 +39,10 @@ def add_model_flags(parser: Parser) -> None:
     parser.add_argument("--attn_implementation", type=str, default=None, help="sdpa, eager or flash_attention_2")
     parser.add_argument("--load-8bit", action="store_true", help="quantise with bitsandbytes")
     parser.add_argument("--load-4bit", action="store_true", help="quantise with bitsandbytes")
+    parser.add_argument(
+        "--min_pixels", type=int, default=None, help="Qwen: pixels of the smallest image (default: 256 visual tokens)"
+    )
+    parser.add_argument("--max_pixels", type=int, default=None, help="Qwen: of the largest (default: 2048 tokens)")
 
 
 def add_compile_flag(parser: Parser) -> None:
@@ -49,7 +55,9 @@ def question_parser(program: str, description: str, question_file: str, conv_mod
     parser = Parser(prog=f"python -m {program}", description=description, allow_abbrev=False)
     add_model_flags(parser)
     add_data_flags(parser, question_file)
-    parser.add_argument("--conv-mode", type=str, default=conv_mode, help="prompt template")
+    parser.add_argument(
+        "--conv-mode", type=str, default=conv_mode, help="prompt template; checkpoints with a chat template use that"
+    )
     parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy")
     parser.add_argument("--top_p", type=float, default=None)
     parser.add_argument("--num_beams", type=int, default=1)
@@ -76,37 +84,48 @@ def add_server_flags(parser: Parser) -> None:
     group.add_argument("--concurrency", type=int, default=8, help="requests under way at a time")
 
 
-def main(parser: Parser, argv: list[str] | None, read: Callable[..., list[Question]] | None = None) -> int:
+def main(
+    parser: Parser,
+    argv: list[str] | None,
+    read: Callable[..., list[Question]] | None = None,
+    complete: Callable[[argparse.Namespace], None] | None = None,
+) -> int:
     """Parse, answer, report. Returns the exit status; what the user can mend is one line, not a traceback.
 
     Args:
         parser: From `question_parser`.
         argv: Arguments, None for the command line's.
         read: (benchmark, args) -> questions, where reading depends on flags.
+        complete: Fills in arguments that follow from others.
     """
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("transformers", "httpx", "accelerate", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
+        if complete is not None:
+            complete(args)
         return _answer(parser, args, read)
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
 
 
-def load_answerer(args: argparse.Namespace, conv_mode: str) -> LlavaAnswerer:
-    """Model, preparer and settings of parsed flags."""
+def load_answerer(args: argparse.Namespace, conv_mode: str, frames: int = FRAMES) -> LlavaAnswerer | FamilyAnswerer:
+    """Model, preparer and settings of parsed flags; `frames` are taken from a video."""
     config = config_from_flags(args)
     generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.compile)
-    tokenizer, model, image_processor = load_model(args)
-    preparer = LlavaPreparer(tokenizer, image_processor, model.config, conv_mode)
+    tokenizer, model, processor = load_model(args)
     name = get_model_name_from_path(args.model_path)
+    if isinstance(processor, FamilyProcessor):
+        family_preparer = FamilyPreparer(processor, conv_mode, frames)
+        return FamilyAnswerer(model, family_preparer, generation, config, name, args.model_path)
+    preparer = LlavaPreparer(tokenizer, processor, model.config, conv_mode)
     return LlavaAnswerer(model, preparer, generation, config, name, args.model_path)
 
 
 def load_model(args: argparse.Namespace) -> tuple:
-    """(tokenizer, model, image processor) of the model flags.
+    """(tokenizer, model, image processor) of the model flags; for other families than LLaVA, a `FamilyProcessor`.
 
     Raises:
         ValueError: The checkpoint is not a vision-language model.
@@ -123,11 +142,12 @@ def load_model(args: argparse.Namespace) -> tuple:
         args.load_4bit,
         device=device,
         vision_tower=args.vision_tower,
+        limits=Limits(args.min_pixels, args.max_pixels),
         **options,
     )
     if image_processor is None:
         raise ValueError(
-            f"{args.model_path} is a language model without vision; --model-path must name a LLaVA checkpoint"
+            f"{args.model_path} is a language model without vision; --model-path must name a vision-language checkpoint"
         )
     return tokenizer, model, image_processor
 
@@ -144,6 +164,8 @@ def _answer(parser: Parser, args: argparse.Namespace, read: Callable[..., list[Q
     benchmark: Benchmark = get_benchmark(args.benchmark)
     questions = benchmark.read(args.question_file) if read is None else read(benchmark, args)
     answerer = _local_answerer(args) if args.server is None else _server_answerer(args)
+    if any(question.video is not None for question in questions) and not answerer.preparer.videos:
+        raise ValueError(f"{answerer.model_id} takes no videos here; name a checkpoint of a family that does")
     torch.manual_seed(args.seed)
     record = run(benchmark, answerer, options, questions)
     merge_ranks(options, wanted.answers_file)
@@ -154,7 +176,7 @@ def _answer(parser: Parser, args: argparse.Namespace, read: Callable[..., list[Q
 def _local_answerer(args: argparse.Namespace) -> Answerer:
     conv_mode = plain_conv_mode(get_model_name_from_path(args.model_path), args.conv_mode)
     new_conversation(conv_mode)
-    return load_answerer(args, conv_mode)
+    return load_answerer(args, conv_mode, getattr(args, "num_frames", FRAMES))
 
 
 def _server_answerer(args: argparse.Namespace) -> Answerer:

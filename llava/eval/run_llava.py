@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import apet
+from apet.eval.benchmarks import Question
 from apet.eval.cli import add_compression_flags, config_from_flags
 from apet.eval.scoring_cli import Parser, run
 from llava.constants import (
@@ -25,8 +26,10 @@ from llava.constants import (
 )
 from llava.conversation import new_conversation, resolve_conv_mode
 from llava.eval.answerer import GenerationSettings
+from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
 from llava.eval.program import add_model_flags, load_model
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.model.processors import FamilyProcessor
 
 _TIMEOUT_S = 30.0
 
@@ -81,6 +84,12 @@ def eval_model(args) -> str:
     images = load_images(image_parser(args))
     conversation = new_conversation(resolve_conv_mode(name, args.conv_mode, warn=print))
     tokenizer, model, image_processor = load_model(args)
+    if isinstance(image_processor, FamilyProcessor):
+        preparer = FamilyPreparer(image_processor, args.conv_mode or "llava_v1")
+        answerer = FamilyAnswerer(model, preparer, generation, config, name, args.model_path)
+        (given,) = answerer.answer([preparer.prepare(Question(0, args.query, args.query), images)])
+        print(given.text)
+        return given.text
 
     text = insert_images(args.query, len(images), getattr(model.config, "mm_use_im_start_end", False))
     conversation.append_message(conversation.roles[0], text)

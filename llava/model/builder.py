@@ -1,4 +1,4 @@
-"""Load a LLaVA checkpoint: `load_pretrained_model` with the signature LLaVA scripts call."""
+"""Load a checkpoint: `load_pretrained_model` with the signature LLaVA scripts call."""
 
 import importlib.util
 import logging
@@ -19,8 +19,10 @@ from transformers.utils import logging as transformers_logging
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_PATCH_TOKEN
 from llava.model.checkpoint import Checkpoint, is_llava, key_mapping, load_tokenizer, open_checkpoint, read_config
 from llava.model.extra_weights import is_buffer, is_partial, load_trained_parts, load_vision_weights
+from llava.model.family import is_family, load_family
 from llava.model.language_model.llava_llama import LlavaLlamaForCausalLM
 from llava.model.language_model.llava_mistral import LlavaMistralForCausalLM
+from llava.model.processors import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +43,15 @@ def load_pretrained_model(
     llm_pruning: bool = False,
     multimodal: bool | None = None,
     vision_tower: str | None = None,
+    limits: Limits | None = None,
     **kwargs: Any,
 ) -> tuple[Any, torch.nn.Module, Any, int]:
     """Load tokenizer, model, image processor and context length.
 
-    The format is read from config.json: original LLaVA or Hugging Face. The weights are placed tensor by tensor, so no
-    second copy of them is held. The model is in evaluation mode, uncompressed; `apet.apply_patch` compresses it.
+    The format is read from config.json: LLaVA, original or Hugging Face, or one of the families of
+    `llava.model.processors`, whose processor takes the place of the image processor. The weights are placed tensor by
+    tensor, so no second copy of them is held. The model is in evaluation mode, uncompressed; `apet.apply_patch`
+    compresses it.
 
     Args:
         model_path: Checkpoint folder or hub id.
@@ -61,8 +66,9 @@ def load_pretrained_model(
         llm_pruning: Accepted and ignored, as in the published scripts.
         multimodal: Accepted and ignored, as other tools pass it.
         vision_tower: Folder of the vision tower, instead of the one in config.json.
-        **kwargs: For `from_pretrained`: `attn_implementation`, `torch_dtype` or `dtype` (default float16 on a GPU,
-            float32 on a CPU), `cache_dir`, ...
+        limits: Smallest and largest image, for models that see images in their own size.
+        **kwargs: For `from_pretrained`: `attn_implementation`, `torch_dtype` or `dtype` (default float32 on a CPU; on a
+            GPU float16, for families other than LLaVA the checkpoint's), `cache_dir`, ...
 
     Raises:
         FileNotFoundError: The folder, its config.json or its tokenizer is missing.
@@ -72,8 +78,21 @@ def load_pretrained_model(
     options = _placement(device_map, device) | _quantisation(load_8bit, load_4bit) | kwargs
     if use_flash_attn:
         options["attn_implementation"] = "flash_attention_2"
-    options["dtype"] = options.pop("torch_dtype", options.pop("dtype", None)) or _default_dtype(options["device_map"])
     fields = read_config(model_path)
+    options["dtype"] = options.pop("torch_dtype", options.pop("dtype", None)) or _default_dtype(
+        options["device_map"], "auto" if is_family(fields) else torch.float16
+    )
+    if is_family(fields):
+        if model_base is not None or vision_tower is not None:
+            raise ValueError(
+                f"{model_path} is a {fields['model_type']} checkpoint, which is whole: leave out --model-base and "
+                "--vision-tower"
+            )
+        return load_family(model_path, fields["model_type"], options, limits or Limits())
+    if limits not in (None, Limits()):
+        raise ValueError(
+            f"--min_pixels and --max_pixels are for models that see images in their own size; {model_path} does not"
+        )
     if not is_llava(fields):
         return _load_language_model(model_path, model_base, options)
     checkpoint = open_checkpoint(model_path, fields, vision_tower)
@@ -178,9 +197,9 @@ def _places(device_map: Any) -> set[str]:
     return set(map(str, device_map.values() if isinstance(device_map, dict) else [device_map]))
 
 
-def _default_dtype(device_map: Any) -> torch.dtype:
+def _default_dtype(device_map: Any, on_gpu: Any) -> Any:
     on_cpu = not torch.cuda.is_available() or _places(device_map) <= {"cpu", "disk"}
-    return torch.float32 if on_cpu else torch.float16
+    return torch.float32 if on_cpu else on_gpu
 
 
 def _quantisation(load_8bit: bool, load_4bit: bool) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from llava.eval.answerer import GenerationSettings
 from llava.eval.program import add_model_flags, load_model
 from llava.eval.run_llava import insert_images, load_image
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
+from llava.model.processors import FamilyProcessor
 
 
 class _AnswerStreamer(TextStreamer):
@@ -32,6 +33,8 @@ def chat(args: argparse.Namespace) -> None:
     conversation = new_conversation(resolve_conv_mode(name, args.conv_mode, warn=print))
     image = load_image(args.image_file)
     tokenizer, model, image_processor = load_model(args)
+    if isinstance(image_processor, FamilyProcessor):
+        raise ValueError(f"{args.model_path} is no LLaVA checkpoint; ask it with python -m llava.eval.run_llava")
     apet.apply_patch(model, config)
     roles = ("user", "assistant") if "mpt" in name.lower() else conversation.roles
     pixels = process_images([image], image_processor, model.config).to(model.device, model.dtype)

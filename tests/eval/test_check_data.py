@@ -85,6 +85,20 @@ def test_a_broken_question_file_is_found(gqa, text):
     assert "broken" in states("gqa", gqa)
 
 
+def test_videos_are_looked_for_with_every_extension(save, tmp_path):
+    asked = [{"video_name": name, "question": "x?", "question_id": name} for name in "abc"]
+    folder = "eval/GPT_Zero_Shot_QA/Activitynet_Zero_Shot_QA"
+    save(f"{folder}/test_q.json", asked)
+    save(f"{folder}/test_a.json", [{"answer": "x"}] * 3)
+    for name in ("v_a.mp4", "v_b.mkv", "c.mp4"):
+        save(f"{folder}/all_test/{name}", "")
+    finding = check_benchmark(find_data("activitynet"), tmp_path / "eval")[-1]
+    assert (finding.state, finding.found) == ("incomplete", "1 of 3 missing: 'v_c'")
+    save(f"{folder}/all_test/v_c.avi", "")
+    finding = check_benchmark(find_data("activitynet"), tmp_path / "eval")[-1]
+    assert (finding.state, finding.found) == ("ok", "3 videos of 3 questions")
+
+
 def test_nothing_there(tmp_path, check):
     status, out, _ = check("--data", tmp_path)
     scripted = [entry for entry in DATA if entry.script]
@@ -186,6 +200,6 @@ def test_the_readme_is_written_from_the_table(check):
 
 def test_the_table_covers_every_benchmark_and_script():
     assert {entry.benchmark or entry.name for entry in DATA} == set(available_benchmarks()) - {"vqa"}
-    scripts = {path.stem for path in (ROOT / "scripts/_benchmarks").glob("*.sh")}
+    scripts = {path.stem for path in (ROOT / "scripts/_benchmarks").glob("[!_]*.sh")}
     assert {entry.name for entry in DATA if entry.script} == scripts
     assert {file.kind for entry in DATA for file in entry.files} == set(data_check._COUNTERS)

@@ -265,3 +265,21 @@ class TestBrokenInput:
         path.write_text(text)
         status, _, _, error = report_of()
         assert status == 1 and str(path) in error and all(word in error for word in words)
+
+
+def test_budgets_of_videos_are_budgets(add, report_of):
+    """576 tokens are everything for LLaVA-1.5 only; a budget for videos alone is a compression."""
+    family = {"settings": {"family": "video_llava"}}
+    nothing = {"visual_token_num": None}
+    add("msvd", 50.0, tokens=2056.0, **family, **nothing)
+    add("msvd", 49.0, tokens=264.0, video_token_num=22, **family, **nothing)
+    add("msvd", 48.0, tokens=200.0, video_token_num=192, video_budget_per="clip", **family, **nothing)
+    add("msvd", 47.0, tokens=576.0, **family)
+    _, rows, _, _ = report_of()
+    found = [(row["method"], row["budget"], row["msvd, accuracy"]) for row in rows]
+    assert set(found) == {
+        ("apet", "video 192 per clip", "48.00 (96.0%)"),
+        ("apet", "video 22", "49.00 (98.0%)"),
+        ("apet", "576", "47.00 (94.0%)"),
+        ("none", "all", "50.00"),
+    }

@@ -10,6 +10,7 @@ from apet.eval.benchmarks import (  # noqa: F401
     scienceqa,
     seed,
     textvqa,
+    video_qa,
     vizwiz,
     vqav2,
 )

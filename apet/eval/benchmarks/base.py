@@ -27,6 +27,7 @@ class Question:
         prompt: Asked after the image token; usually equal to `text`.
         image: Path below the image folder, or None.
         image_base64: The encoded image itself, for files that carry their images.
+        video: Path of a video below the folder, with or without its extension, or None.
         fields: Further keys of the answer line, in the order in which the line has them.
     """
 
@@ -35,6 +36,7 @@ class Question:
     prompt: str
     image: str | None = None
     image_base64: str | None = None
+    video: str | None = None
     fields: Mapping[str, object] = field(default_factory=dict)
 
 
@@ -91,6 +93,8 @@ class Benchmark:
     name: ClassVar[str]
     # Keys of Question.fields that stand before "prompt" in the answer line; all others follow "text".
     leading_fields: ClassVar[tuple[str, ...]] = ()
+    # Where the answer line has a question's id and its text.
+    key_names: ClassVar[tuple[str, str]] = ("question_id", "prompt")
 
     def read(self, question_file: PathLike) -> list[Question]:
         """Read JSON lines with `question_id`, `image` (path below the image folder) and `text`.

@@ -1,0 +1,146 @@
+"""The families of `llava.model.processors` behind the runner: their own prompts and processing, batched generation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from PIL.Image import Image
+from torch import Tensor
+
+import apet
+from apet.eval.answerer import Answer
+from apet.eval.benchmarks import Question
+from apet.eval.images import ImageError
+from apet.eval.videos import read_clip
+from llava.eval.answerer import GenerationSettings, Upload, until_end
+from llava.model.processors import FamilyProcessor, Inputs
+
+FRAMES = 8
+
+
+@dataclass(frozen=True)
+class FamilyPreparer:
+    """CPU side: decodes the video or takes the images, and builds the prompt.
+
+    Attributes:
+        processor: Of the checkpoint.
+        conv_mode: Key of `llava.conversation.conv_templates`, where the checkpoint has no chat template.
+        frames: Frames taken from a video.
+        videos: Whether questions may be about videos.
+    """
+
+    processor: FamilyProcessor
+    conv_mode: str
+    frames: int = FRAMES
+    videos: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.frames < 1:
+            raise ValueError(f"--num_frames {self.frames} must be at least 1")
+
+    def prepare(self, question: Question, images: Sequence[Image]) -> Inputs:
+        """Ids and pixels of a question.
+
+        Raises:
+            ImageError: A video that cannot be decoded, or a picture whose shape the family refuses.
+        """
+        clip = None if question.video is None else read_clip(images.video, self.frames)
+        try:
+            return self.processor(question.prompt, list(images), clip, self.conv_mode)
+        except ValueError as error:
+            raise ImageError(f"question {question.question_id!r} cannot be prepared: {error}") from error
+
+    def prompt_length(self, question: Question) -> int:
+        """Tokens of a question's prompt, its picture counted as one marker."""
+        video = question.video is not None
+        images = int(not video and (question.image is not None or question.image_base64 is not None))
+        prompt = self.processor.render(question.prompt, images, video, self.conv_mode)
+        return len(self.processor.tokenizer(prompt).input_ids)
+
+
+@dataclass(frozen=True)
+class LoadedInputs:
+    """A batch on the device.
+
+    Attributes:
+        inputs: What `generate` takes.
+        shown: Which rows have a picture.
+        upload: The copies under way.
+    """
+
+    inputs: Mapping[str, Tensor]
+    shown: tuple[bool, ...]
+    upload: Upload
+
+
+class FamilyAnswerer:
+    """Device side: a loaded model, patched with the configured compression.
+
+    Args:
+        model: What `load_pretrained_model` returned.
+        preparer: The CPU side.
+        generation: Decoding flags.
+        config: Compression.
+        model_id: Name in the answer lines.
+        model_path: Checkpoint, for the record.
+        new_tokens: For measurements: every answer has exactly so many tokens.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        preparer: FamilyPreparer,
+        generation: GenerationSettings,
+        config: apet.ApetConfig,
+        model_id: str,
+        model_path: str,
+        new_tokens: int | None = None,
+    ) -> None:
+        if generation.compile:
+            raise ValueError(f"--compile serves LLaVA checkpoints, not {model.config.model_type}; leave it out")
+        self.model = apet.apply_patch(model, config)
+        self.preparer, self.model_id = preparer, model_id
+        self.device = str(model.device)
+        self._generation, self._config, self._path = generation, config, model_path
+        exactly = {} if new_tokens is None else {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+        self._generate = generation.kwargs() | exactly
+
+    def load(self, prepared: Sequence[Inputs]) -> LoadedInputs:
+        """A batch on its way to the device."""
+        upload = Upload(self.model.device)
+        inputs = {
+            name: upload(value, self.model.dtype if name.startswith("pixel_values") else None)
+            for name, value in self.preparer.processor.collate(prepared).items()
+        }
+        return LoadedInputs(inputs, tuple(one.pictures > 0 for one in prepared), upload)
+
+    def answer(self, prepared: "Sequence[Inputs] | LoadedInputs") -> list[Answer]:
+        """Answers of a batch of prepared questions, or of what `load` made of them."""
+        loaded = prepared if isinstance(prepared, LoadedInputs) else self.load(prepared)
+        loaded.upload.finish()
+        output = self.model.generate(**loaded.inputs, **self._generate)
+        start = loaded.inputs["input_ids"].shape[1]
+        new_ids = [until_end(row, self.model.generation_config) for row in output[:, start:].tolist()]
+        texts = self.preparer.processor.tokenizer.batch_decode(
+            new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        visual = apet.last_result(self.model).layer_averaged_tokens[:: self._generation.num_beams]
+        return [
+            Answer(text.strip(), len(new), tokens if shown else None)
+            for text, new, tokens, shown in zip(texts, new_ids, visual, loaded.shown, strict=True)
+        ]
+
+    def settings(self) -> Mapping[str, Any]:
+        """Everything that can change an answer."""
+        model = self.model
+        return {
+            "model_path": self._path,
+            "model_id": self.model_id,
+            "conv_mode": self.preparer.conv_mode,
+            **self.preparer.processor.settings(),
+            "num_frames": self.preparer.frames,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attn_implementation": model.config._attn_implementation,
+            "generation": vars(self._generation) | {"repetition_penalty": model.generation_config.repetition_penalty},
+            "compression": self._config.to_dict(),
+        }

@@ -1,0 +1,236 @@
+"""What the families share: a chat turn as text, markers replaced by placeholders, ids, and left-padded batches."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+from transformers import AutoTokenizer
+from transformers.utils import cached_file
+
+from llava.conversation import new_conversation
+
+
+class Clip(Protocol):
+    """Frames of a video: RGB pictures of one size, the second at which each is shown, the length in seconds."""
+
+    frames: Sequence[Image]
+    times: Sequence[float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Smallest and largest picture in pixels; None for the family's own."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+
+    def __post_init__(self) -> None:
+        if any(one is not None and one < 1 for one in (self.min_pixels, self.max_pixels)):
+            raise ValueError(f"--min_pixels {self.min_pixels} and --max_pixels {self.max_pixels} must be at least 1")
+        if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:
+            raise ValueError(f"--min_pixels {self.min_pixels} is above --max_pixels {self.max_pixels}")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A prompt ready for the device.
+
+    Attributes:
+        input_ids: (L,) int64, placeholders expanded.
+        tensors: Further inputs of the model; the first dimension runs over pictures, patches or tiles.
+        pictures: Images and videos shown.
+    """
+
+    input_ids: Tensor
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    pictures: int = 0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Pictures of one prompt: what replaces the marker of each, and the model's inputs."""
+
+    replacements: Sequence[str]
+    tensors: Mapping[str, Tensor]
+
+
+class FamilyProcessor:
+    """One family. Instances are sent to worker processes, so they must be picklable.
+
+    Attributes:
+        typed: Whether the model wants `mm_token_type_ids`: 1 at image placeholders, 2 at those of videos.
+        sized: Whether pictures keep their own size, between limits.
+
+    Args:
+        tokenizer: Of the checkpoint.
+        image_processor: Of the checkpoint, without torchvision.
+        config: Of the model.
+        files: JSON objects of the checkpoint's processor files, by file name.
+    """
+
+    typed: ClassVar[bool] = False
+    sized: ClassVar[bool] = False
+
+    def __init__(self, tokenizer: Any, image_processor: Any, config: Any, files: Mapping[str, Any]) -> None:
+        self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
+        self.files = files
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+
+    @classmethod
+    def from_pretrained(cls, path: str, config: Any, limits: Limits) -> "FamilyProcessor":
+        """Read the files of a checkpoint; errors as `load_processor`."""
+        if not cls.sized and limits != Limits():
+            raise ValueError(
+                f"--min_pixels and --max_pixels are for models that see pictures in their own size; {path} does not"
+            )
+        names = ("processor_config.json", "video_preprocessor_config.json", "chat_template.json")
+        files = {name: found for name in names if (found := _read(path, name)) is not None}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            image_processor = cls.load_image_processor(path)
+        except OSError as error:
+            raise FileNotFoundError(f"{path} lacks files of its tokenizer or image processor: {error}") from error
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = files.get("chat_template.json", {}).get("chat_template")
+        processor = cls(tokenizer, image_processor, config, files)
+        processor.limit(limits)
+        return processor
+
+    @classmethod
+    def load_image_processor(cls, path: str) -> Any:
+        """The checkpoint's image processor, the implementation on PIL and numpy."""
+        raise NotImplementedError
+
+    def limit(self, limits: Limits) -> None:
+        """Set the smallest and the largest picture."""
+
+    def __call__(
+        self, text: str, images: Sequence[Image] = (), clip: Clip | None = None, conv_mode: str = ""
+    ) -> Inputs:
+        """Ids and pixels of a question about images or about a video.
+
+        Args:
+            text: The question.
+            images: RGB pictures, shown in front of it.
+            clip: Frames of a video, shown in front of it.
+            conv_mode: Prompt template, where the checkpoint has none.
+
+        Raises:
+            ValueError: A text that holds the family's own markers, a picture that the family cannot show.
+        """
+        encoded = Encoded((), {})
+        if clip is not None:
+            encoded = self.encode_clip(clip)
+        elif images:
+            encoded = self.encode_images(images)
+        prompt = self.render(text, len(images), clip is not None, conv_mode)
+        marker = self.marker(clip is not None)
+        pieces = prompt.split(marker)
+        if len(pieces) - 1 != len(encoded.replacements):
+            raise ValueError(
+                f"the prompt shows {len(encoded.replacements)} pictures but has {len(pieces) - 1} markers {marker!r}; "
+                f"the question must not hold the marker: {text!r}"
+            )
+        prompt = "".join(word for pair in zip(pieces, [*encoded.replacements, ""], strict=True) for word in pair)
+        return Inputs(self._ids(prompt), encoded.tensors, len(encoded.replacements))
+
+    def render(self, text: str, images: int, video: bool, conv_mode: str = "") -> str:
+        """The prompt with one marker per picture: one user turn, and an open assistant turn.
+
+        Raises:
+            ValueError: The checkpoint has no chat template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ValueError("the checkpoint has no chat template (chat_template.jinja or tokenizer_config.json)")
+        content = [{"type": "video" if video else "image"}] * (1 if video else images) + [
+            {"type": "text", "text": text}
+        ]
+        turns = [{"role": "user", "content": content}]
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+
+    def marker(self, video: bool) -> str:
+        """What stands for a picture in a rendered prompt."""
+        return self.tokenizer.convert_ids_to_tokens(self.placeholder_id(video))
+
+    def placeholder_id(self, video: bool) -> int:
+        """Id that stands for a visual token."""
+        return self.config.video_token_id if video else self.config.image_token_id
+
+    def placeholder(self, video: bool) -> str:
+        """Token that stands for a visual token."""
+        return self.tokenizer.convert_ids_to_tokens(self.placeholder_id(video))
+
+    @property
+    def fewest_tokens(self) -> int:
+        """Visual tokens of the smallest image."""
+        raise NotImplementedError
+
+    def encode_images(self, images: Sequence[Image]) -> Encoded:
+        """The images of a prompt."""
+        raise NotImplementedError
+
+    def encode_clip(self, clip: Clip) -> Encoded:
+        """The video of a prompt."""
+        raise NotImplementedError
+
+    def collate(self, rows: Sequence[Inputs]) -> dict[str, Tensor]:
+        """Inputs of a batch: `input_ids` and `attention_mask` (B, L), left-padded, and all else joined."""
+        width = max(len(row.input_ids) for row in rows)
+        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id, dtype=torch.int64)
+        mask = torch.zeros(len(rows), width, dtype=torch.int64)
+        for index, row in enumerate(rows):
+            ids[index, width - len(row.input_ids) :] = row.input_ids
+            mask[index, width - len(row.input_ids) :] = 1
+        names = dict.fromkeys(name for row in rows for name in row.tensors)
+        joined = {name: self.join(name, [row.tensors[name] for row in rows if name in row.tensors]) for name in names}
+        if self.typed:
+            types = (ids == self.placeholder_id(False)).int() + 2 * (ids == self.placeholder_id(True)).int()
+            joined["mm_token_type_ids"] = types * mask.int()
+        return {"input_ids": ids, "attention_mask": mask, **joined, **self.batch_inputs(rows)}
+
+    def join(self, name: str, values: Sequence[Tensor]) -> Tensor:
+        """One of the model's inputs for a batch."""
+        return torch.cat(list(values))
+
+    def batch_inputs(self, rows: Sequence[Inputs]) -> dict[str, Tensor]:
+        """Inputs that only a batch has."""
+        return {}
+
+    def settings(self) -> dict[str, Any]:
+        """What can change an answer, as JSON types."""
+        return {"family": self.config.model_type}
+
+    def _ids(self, prompt: str) -> Tensor:
+        starts = self.tokenizer.bos_token is not None and prompt.startswith(self.tokenizer.bos_token)
+        ids = self.tokenizer(prompt, add_special_tokens=not starts, return_attention_mask=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.int64)
+
+
+def conversation_prompt(conv_mode: str, text: str) -> str:
+    """One user turn and an open assistant turn of `llava.conversation`."""
+    conversation = new_conversation(conv_mode)
+    conversation.append_message(conversation.roles[0], text)
+    conversation.append_message(conversation.roles[1], None)
+    return conversation.get_prompt()
+
+
+def _read(path: str, name: str) -> Any:
+    """A JSON file of a checkpoint; None where it has none."""
+    file = (
+        str(Path(path) / name)
+        if Path(path).is_dir()
+        else cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    )
+    if file is None or not Path(file).is_file():
+        return None
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error

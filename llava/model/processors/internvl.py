@@ -1,0 +1,57 @@
+"""InternVL: an image as tiles and an overview, a video as one tile per frame, named in the text."""
+
+from collections.abc import Sequence
+
+from PIL.Image import Image
+from transformers import GotOcr2ImageProcessorPil
+
+from llava.model.processors.base import Clip, Encoded, FamilyProcessor
+
+_START, _END, _VIDEO = "<img>", "</img>", "<video>"
+
+
+class InternVLProcessor(FamilyProcessor):
+    """Prompts by the checkpoint's chat template; videos reach the model as images."""
+
+    @classmethod
+    def load_image_processor(cls, path: str) -> GotOcr2ImageProcessorPil:
+        """Of the checkpoint."""
+        return GotOcr2ImageProcessorPil.from_pretrained(path)
+
+    def marker(self, video: bool) -> str:
+        """Videos have a marker of their own, which stands for no visual token."""
+        return getattr(self.tokenizer, "video_token", _VIDEO) if video else super().marker(video)
+
+    def placeholder_id(self, video: bool) -> int:
+        """The same for images and frames."""
+        return self.config.image_token_id
+
+    @property
+    def fewest_tokens(self) -> int:
+        """Those of a tile."""
+        return self._tile
+
+    def encode_images(self, images: Sequence[Image]) -> Encoded:
+        """A run of placeholders for all tiles of an image."""
+        given = self.image_processor(images=list(images), crop_to_patches=True, return_tensors="pt")
+        tiles = [int(count) for count in given["num_patches"]]
+        return Encoded([self._run(count) for count in tiles], {"pixel_values": given["pixel_values"]})
+
+    def encode_clip(self, clip: Clip) -> Encoded:
+        """A numbered line per frame."""
+        given = self.image_processor(images=list(clip.frames), crop_to_patches=False, return_tensors="pt")
+        lines = [f"Frame{number}: {self._run(1)}" for number in range(1, len(clip.frames) + 1)]
+        return Encoded(["\n".join(lines)], {"pixel_values": given["pixel_values"]})
+
+    def _run(self, tiles: int) -> str:
+        return (
+            getattr(self.tokenizer, "start_image_token", _START)
+            + self.placeholder(False) * (tiles * self._tile)
+            + getattr(self.tokenizer, "end_image_token", _END)
+        )
+
+    @property
+    def _tile(self) -> int:
+        """Tokens of a tile."""
+        vision = self.config.vision_config
+        return int(vision.image_size[0] // vision.patch_size[0] * self.config.downsample_ratio) ** 2

@@ -1,0 +1,58 @@
+"""Video-LLaVA: images padded to a square as in its own programs, videos as frames; prompts of `llava.conversation`."""
+
+import inspect
+from collections.abc import Sequence
+
+from PIL.Image import Image
+from transformers import VideoLlavaForConditionalGeneration, VideoLlavaImageProcessor
+
+from llava.mm_utils import expand2square
+from llava.model.processors.base import Clip, Encoded, FamilyProcessor, conversation_prompt
+
+# The model's name for images: the second up to transformers 5.22.
+_PIXELS = next(
+    name
+    for name in ("pixel_values", "pixel_values_images")
+    if name in inspect.signature(VideoLlavaForConditionalGeneration.forward).parameters
+)
+
+
+class VideoLlavaProcessor(FamilyProcessor):
+    """256 tokens an image; a class token and 256 tokens a frame."""
+
+    @classmethod
+    def load_image_processor(cls, path: str) -> VideoLlavaImageProcessor:
+        """Of the checkpoint; it works on numpy arrays."""
+        return VideoLlavaImageProcessor.from_pretrained(path)
+
+    def render(self, text: str, images: int, video: bool, conv_mode: str = "") -> str:
+        """Pictures, a line end, the question."""
+        shown = self.marker(video) * (1 if video else images)
+        return conversation_prompt(conv_mode, f"{shown}\n{text}" if shown else text)
+
+    @property
+    def fewest_tokens(self) -> int:
+        """All images have the same."""
+        return self._patches
+
+    def encode_images(self, images: Sequence[Image]) -> Encoded:
+        """Padded with the mean colour."""
+        mean = tuple(int(value * 255) for value in self.image_processor.image_mean)
+        pixels = self._pixels([expand2square(image, mean) for image in images])
+        strategy = self.config.vision_feature_select_strategy
+        run = self.placeholder(False) * (self._patches + (strategy == "full"))
+        return Encoded([run] * len(images), {_PIXELS: pixels})
+
+    def encode_clip(self, clip: Clip) -> Encoded:
+        """One run of placeholders for all frames."""
+        run = self.placeholder(True) * (len(clip.frames) * (self._patches + 1))
+        return Encoded([run], {"pixel_values_videos": self._pixels(clip.frames)[None]})
+
+    def _pixels(self, images: Sequence[Image]):
+        options = {"return_legacy_image_output": False} if _PIXELS == "pixel_values" else {}
+        return self.image_processor(images=list(images), return_tensors="pt", **options)[_PIXELS]
+
+    @property
+    def _patches(self) -> int:
+        vision = self.config.vision_config
+        return (vision.image_size // vision.patch_size) ** 2
