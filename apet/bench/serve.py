@@ -148,13 +148,14 @@ class Server:
         return cls(endpoint, endpoint.model_id(model), server_settings(endpoint), max_tokens)
 
     def measure(self, images: str, concurrency: int, number: int, pictures: Pictures, repeated: int) -> Figure:
-        """Time `number` requests, after as many as run at a time that do not count."""
+        """Time `number` requests; before, as many as run at a time do not count, nor each picture's first."""
         again = [pictures.new() for _ in range(repeated)] if images == REPEATED else None
-        urls = (again[index % repeated] if again else pictures.new() for index in range(concurrency + number))
+        warm = max(concurrency, repeated) if again else concurrency
+        urls = (again[index % repeated] if again else pictures.new() for index in range(warm + number))
         asked = [conversation(f"{index}: what do you see?", [url]) for index, url in enumerate(urls)]
-        list(self._answers(asked[:concurrency], concurrency))
+        list(self._answers(asked[:warm], concurrency))
         start = time.perf_counter()
-        answers = list(self._answers(asked[concurrency:], concurrency))
+        answers = list(self._answers(asked[warm:], concurrency))
         return _figure(images, concurrency, answers, time.perf_counter() - start)
 
     def _answers(self, asked: Sequence[Sequence[Message]], concurrency: int) -> Iterator[Completion]:

@@ -19,7 +19,7 @@ for tokens in "$TOKENS" none; do
         sleep 1
     done
     echo "== $tokens visual tokens"
-    "$PYTHON" examples/serving/ask.py --server "http://localhost:$PORT" --image "${IMAGE:-tests/golden/end_to_end/images/image_a.png}"
+    "$PYTHON" examples/serving/ask.py --server "http://localhost:$PORT" --image "${IMAGE:-data/sample/eval/gqa/images/n000000.jpg}"
     kill $server
     wait $server || true
 done

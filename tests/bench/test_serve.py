@@ -51,6 +51,7 @@ def test_every_case_is_measured_with_its_own_pictures_and_fixed_answers():
         assert one["tokens_per_second"] == pytest.approx(2 * one["requests_per_second"])
     warm = (1 + 4) + (3 + 4)
     assert len(set(pictures(bodies[:warm]))) == warm and len(set(pictures(bodies[warm:]))) == 2 * 2
+    assert len(bodies) == warm + (2 + 4) + (3 + 4)  # every repeated picture is shown before the clock starts
     assert len({body["messages"][0]["content"][1]["text"] for body in bodies[warm : warm + 5]}) == 5
     assert all(body["max_tokens"] == 2 and body["ignore_eos"] and body["stream"] for body in bodies)
     assert busiest <= 3

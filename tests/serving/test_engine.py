@@ -1,6 +1,7 @@
 """Inside a real vLLM, in float32: same tokens kept, same embeddings and answers as the transformers patch."""
 
 import dataclasses
+import os
 
 import numpy as np
 import pytest
@@ -108,6 +109,16 @@ def test_greedy_answers_equal_those_of_the_transformers_patch(folders, name, set
         assert list(first.outputs[0].token_ids) == list(second.outputs[0].token_ids) == ids
         shorter = settings is not None and length > len(PROMPT) + len(QUESTION)
         assert (len(first.prompt_token_ids) < length) == shorter
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core for each of two workers")
+def test_two_workers_that_share_every_layer_answer_the_same(folders, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, sorted(os.sched_getaffinity(0))[:2])))
+    settings = {"visual_token_num": 16}
+    reference = Reference(folders["next"], settings)
+    with engine(folders["next"], settings, limit_mm_per_prompt={"image": 2}, tensor_parallel_size=2) as llm:
+        outputs = llm.generate(prompts(reference), GREEDY, use_tqdm=False)
+    assert [list(one.outputs[0].token_ids) for one in outputs] == [reference.answer(names)[0] for names in SHOWN]
 
 
 @pytest.mark.parametrize(
