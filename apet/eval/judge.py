@@ -32,6 +32,8 @@ _USER = (
 # Judges that do not reply in the form asked for are asked again so often.
 _TRIES = 3
 _NEW_TOKENS = 64
+# Refusals of one request (filtered, too long): the next one may pass. Any other refusal would meet all requests.
+_OF_ONE_REQUEST = (400, 413, 422)
 
 
 def judge(name: str, pred_path: PathLike, folder: PathLike, endpoint: Endpoint, model: str) -> Score:
@@ -49,7 +51,7 @@ def judge(name: str, pred_path: PathLike, folder: PathLike, endpoint: Endpoint, 
         Accuracy in percent: yes / (yes + no). `details` has the mean mark, the judge and what could not be judged.
 
     Raises:
-        EndpointError: The server refuses or stays away. Judgements so far are kept.
+        EndpointError: The server refuses every request (key, model) or stays away. Judgements so far are kept.
         ValueError: Broken answers, or not one usable judgement.
     """
     rows, failures = read_predictions(pred_path)
@@ -64,9 +66,11 @@ def judge(name: str, pred_path: PathLike, folder: PathLike, endpoint: Endpoint, 
             raise EndpointError("not asked")
         try:
             verdict = _ask(endpoint, model, rows[key])
-        except EndpointError:
-            stopped.set()  # the others would fail as slowly
-            raise
+        except EndpointError as error:
+            if error.status not in _OF_ONE_REQUEST:
+                stopped.set()  # the others would fail as slowly
+                raise
+            verdict = {"pred": None, "score": None, "reply": None, "refused": str(error), **_source(model)}
         write_json_atomic(_file(folder, key), [verdict, _pair(rows[key])])
         return key, verdict
 
@@ -134,7 +138,9 @@ def _kept(path: Path, row: Mapping[str, Any], model: str) -> dict[str, Any] | No
 def _score(name: str, judged: Mapping[str, dict[str, Any]], failures: int, model: str) -> Score:
     usable = {key: one for key, one in judged.items() if one["pred"] is not None}
     if not usable:
-        raise ValueError(f"judge {model} gave no usable judgement of {len(judged)}; is it a chat model?")
+        refused = [one["refused"] for one in judged.values() if "refused" in one]
+        reason = f"; the first refusal: {refused[0]}" if refused else "; is it a chat model?"
+        raise ValueError(f"judge {model} gave no usable judgement of {len(judged)}{reason}")
     yes = sum(one["pred"] == "yes" for one in usable.values())
     no = len(usable) - yes
     mark = sum(one["score"] for one in usable.values()) / len(usable)
@@ -150,6 +156,8 @@ def _score(name: str, judged: Mapping[str, dict[str, Any]], failures: int, model
         f"Average score: {mark:.3f}\n{unanswered_line(failures)}"
     )
     if unusable:
-        report += f"Not counted: {len(unusable)} replies that are no judgement\n"
+        refused = sum("refused" in judged[key] for key in unusable)
+        report += f"Not counted: {len(unusable) - refused} replies that are no judgement"
+        report += f", {refused} refused requests\n" if refused else "\n"
     correct = {key: float(one["pred"] == "yes") for key, one in usable.items()}
     return Score(name, f"accuracy by judge {model}", value, len(usable), details, correct, report)

@@ -49,6 +49,8 @@ def test_answers_without_ids_are_joined_by_place(save):
     [
         (ASKED, [{"answer": "a"}], "1 answers without question_id for the 3"),
         (ASKED, [{"answer": "a", "question_id": 0}], "no answer to 2 questions"),
+        (ASKED, [{"answer": word, "question_id": 0} for word in "ab"], "entry 2: another answer for question_id 0"),
+        (ASKED, [{"answer": "a", "question_id": 0}, {"answer": "b"}, {"answer": "c"}], "entry 2 has no question_id"),
         ([*ASKED, ASKED[0]], [{"answer": "a"}] * 4, "entry 4: question_id 0 is already that of entry 1"),
         ([], [{"answer": "a"}], "at least one"),
         ([{"question": "x"}], [{"answer": "a"}], "entry 1"),
@@ -166,7 +168,7 @@ def test_a_failing_judge_leaves_what_it_said(ask_judge, tmp_path):
 
     def refuse_later(body: dict) -> Reply:
         said.append(body)
-        return Reply(body=message(YES)) if len(said) < 3 else Reply(400, {"error": {"message": "no more"}})
+        return Reply(body=message(YES)) if len(said) < 3 else Reply(401, {"error": {"message": "no more"}})
 
     with FakeEndpoint(refuse_later) as server:
         status, _, err = ask_judge(server, "--num_tasks", "1")
@@ -174,6 +176,23 @@ def test_a_failing_judge_leaves_what_it_said(ask_judge, tmp_path):
         assert len(list((tmp_path / "judged").glob("*.json"))) == 2 and not (tmp_path / "results.json").exists()
     with FakeEndpoint(by_prediction) as server:
         assert ask_judge(server)[0] == 0 and len(server.chats()) == 2
+
+
+def test_a_refused_request_costs_only_its_answer(ask_judge, tmp_path):
+    def filtered(body: dict) -> Reply:
+        refused = "four" in body["messages"][1]["content"]
+        return Reply(400, {"error": {"message": "filtered"}}) if refused else by_prediction(body)
+
+    with FakeEndpoint(filtered) as server:
+        status, out, _ = ask_judge(server)
+        assert (
+            status == 0 and "Accuracy: 100.00%" in out and "0 replies that are no judgement, 1 refused requests" in out
+        )
+        assert json.loads((tmp_path / "results.json").read_text())["details"]["without_judgement"] == ["v_x-1/2"]
+        assert ask_judge(server)[0] == 0 and len(server.chats()) == 4 + 1
+    with FakeEndpoint(lambda body: Reply(400, {"error": {"message": "no such field"}})) as server:
+        status, _, err = ask_judge(server, "--output_dir", str(tmp_path / "anew"))
+    assert status == 1 and "no such field" in err
 
 
 def test_a_busy_judge_is_asked_again(ask_judge, monkeypatch):

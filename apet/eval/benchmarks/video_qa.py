@@ -162,8 +162,19 @@ def _rows(path: PathLike, keys: tuple[str, ...]) -> list[dict[str, Any]]:
 def _answers(path: PathLike, ids: list[Any], question_file: PathLike) -> list[str]:
     """One answer per question, in the order of the questions."""
     rows = _rows(path, ("answer",))
-    if all("question_id" in row for row in rows):
-        by_id = {str(row["question_id"]): row["answer"] for row in rows}
+    answered = [row.get("question_id") for row in rows]
+    if None in answered and any(one is not None for one in answered):
+        raise ValueError(
+            f"{path} entry {answered.index(None) + 1} has no question_id, while others have one; give all answers an "
+            "id, or none"
+        )
+    if None not in answered:
+        by_id = {}
+        for number, row in enumerate(rows, start=1):
+            if by_id.setdefault(str(row["question_id"]), row["answer"]) != row["answer"]:
+                raise ValueError(
+                    f"{path} entry {number}: another answer for question_id {row['question_id']!r}; remove one of them"
+                )
         missing = [key for key in ids if str(key) not in by_id]
         if missing:
             raise ValueError(
