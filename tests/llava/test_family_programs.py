@@ -255,3 +255,16 @@ def test_budget_flags(flags, fields):
     add_compression_flags(parser)
     made = config_from_flags(parser.parse_args(flags))
     assert {name: getattr(made, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_adds_nothing_to_the_history(family, checkpoint):
+    """A repetition penalty reads the padded ids; a row must be the same alone and beside a longer one."""
+    folder = checkpoint(family)
+    made = load_processor(str(folder), AutoConfig.from_pretrained(folder), Limits())
+    prompts = ("What?", "What is it, and where is it?")
+    rows = [made(text, [picture(0, (50, 50))], conv_mode="vicuna_v1") for text in prompts]
+    batch = made.collate(rows)
+    assert (batch["attention_mask"].sum(1) == torch.tensor([len(row.input_ids) for row in rows])).all()
+    for ids, row in zip(batch["input_ids"], rows, strict=True):
+        assert set(ids.tolist()) == set(row.input_ids.tolist())

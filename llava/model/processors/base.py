@@ -183,9 +183,11 @@ class FamilyProcessor:
     def collate(self, rows: Sequence[Inputs]) -> dict[str, Tensor]:
         """Inputs of a batch: `input_ids` and `attention_mask` (B, L), left-padded, and all else joined."""
         width = max(len(row.input_ids) for row in rows)
-        ids = torch.full((len(rows), width), self.tokenizer.pad_token_id, dtype=torch.int64)
+        ids = torch.empty(len(rows), width, dtype=torch.int64)
         mask = torch.zeros(len(rows), width, dtype=torch.int64)
         for index, row in enumerate(rows):
+            # The repetition penalty of transformers reads padding too; the prompt's own first id adds nothing to it.
+            ids[index] = row.input_ids[0]
             ids[index, width - len(row.input_ids) :] = row.input_ids
             mask[index, width - len(row.input_ids) :] = 1
         names = dict.fromkeys(name for row in rows for name in row.tensors)
