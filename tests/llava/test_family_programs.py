@@ -216,6 +216,13 @@ def test_missing_files_and_weights_are_named(checkpoint, tmp_path):
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="image processor"):
         load_pretrained_model(str(folder), None, "x", device="cpu")
+    shutil.copy(checkpoint("qwen2_vl") / "preprocessor_config.json", folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        load_pretrained_model(str(folder), None, "x", device="cpu")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_pretrained_model(str(folder), None, "x", device="cpu")[0].chat_template == template
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="cannot be read"):
         load_pretrained_model(str(folder), None, "x", device="cpu")
