@@ -19,6 +19,7 @@ import apet
 from apet.eval.cli import add_compression_flags, config_from_flags
 from apet.eval.scoring_cli import Parser
 from llava.eval import apet_loader, eval_pope, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run_llava
+from llava.eval.answerer import CompiledDecoding
 from llava.eval.program import main
 from llava.model.builder import load_pretrained_model
 from llava.model.processors import Limits, load_processor
@@ -119,6 +120,25 @@ def test_ratios_are_taken_of_every_image(checkpoint, pope, tmp_path):
         expected.append((2 * kept + 2 * max(1, int(0.5 * kept))) / 4)
     measured = json.loads((tmp_path / "x.run.json").read_text())["layer_averaged_tokens"]
     assert measured == pytest.approx(sum(expected) / 6)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "video_llava"])
+def test_compiled_answers_are_those_of_a_plain_run(family, checkpoint, pope, tmp_path, monkeypatch):
+    """Traced as for compilation, but run as they are: no C++ compiler is needed."""
+    plain = CompiledDecoding.__init__
+
+    def init(self, *args):
+        plain(self, *args)
+        self._compile.backend, self._compile.mode, self._compile.fullgraph = "eager", None, True
+
+    monkeypatch.setattr(CompiledDecoding, "__init__", init)
+    torch._dynamo.reset()
+    for name, extra in (("plain", []), ("compiled", ["--compile"])):
+        flags = [*RATIOS, "--batch_size", "4", *extra]  # the second batch of the six questions is filled up
+        path = tmp_path / f"{name}.jsonl"
+        assert main(model_vqa_loader.parser(), words(checkpoint(family), pope / "questions.jsonl", path, *flags)) == 0
+    assert rows(tmp_path / "compiled.jsonl") == rows(tmp_path / "plain.jsonl")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
