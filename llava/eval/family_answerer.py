@@ -96,8 +96,6 @@ class FamilyAnswerer:
         model_path: str,
         new_tokens: int | None = None,
     ) -> None:
-        if generation.compile:
-            raise ValueError(f"--compile serves LLaVA checkpoints, not {model.config.model_type}; leave it out")
         self.model = apet.apply_patch(model, config)
         self.preparer, self.model_id = preparer, model_id
         self.device = str(model.device)

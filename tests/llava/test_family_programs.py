@@ -122,7 +122,7 @@ def test_ratios_are_taken_of_every_image(checkpoint, pope, tmp_path):
     assert measured == pytest.approx(sum(expected) / 6)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "video_llava"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_answers_are_those_of_a_plain_run(family, checkpoint, pope, tmp_path, monkeypatch):
     """Traced as for compilation, but run as they are: no C++ compiler is needed."""
     plain = CompiledDecoding.__init__
