@@ -76,8 +76,7 @@ def run(
     finally:
         answers.close()
         record.save()
-    if not record.failures:
-        answers.put_in_order(shard)
+    answers.put_in_order(shard)
     record.finish()
     return record
 
@@ -289,7 +288,7 @@ class AnswersFile:
         self._file.close()
 
     def put_in_order(self, questions: Sequence[Question]) -> None:
-        """Sort the complete file into question order."""
+        """Sort the finished file into question order."""
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
         place = {_question_key(question): index for index, question in enumerate(questions)}
         order = [place[self._key(json.loads(line))] for line in lines]

@@ -1,7 +1,9 @@
 """Frames of video files, decoded with PyAV: evenly spaced, with the times at which they are shown."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -59,18 +61,24 @@ def read_clip(path: str | Path, count: int) -> Clip:
         ImageError: No file, a file without a picture in it, or one that cannot be decoded to its end.
         ImportError: PyAV is missing.
     """
-    try:
-        import av
-    except ImportError:
-        raise ImportError("video files are decoded with PyAV; install it: pip install av") from None
+    if importlib.util.find_spec("av") is None:
+        raise ImportError("video files are decoded with PyAV; install it: pip install av")
     file = find_video(path)
+    return _read(file, count, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _read(file: Path, count: int, _changed: int) -> Clip:
+    """As `read_clip`; remembered, because questions about one video follow each other."""
+    import av
+
     try:
-        total, rate = _declared(av, file)
-        frames, found = _pick(av, file, frame_indices(total, count) if total else ())
+        total, rate = _declared(file)
+        frames, found = _pick(file, frame_indices(total, count) if total else ())
         if found < _WHOLE * total:
             raise ImageError(f"video file {file} is cut off: it has {found} of its {total} frames")
         if found and found != total:  # the header is a little wrong, or says nothing
-            frames, found = _pick(av, file, frame_indices(found, count))
+            frames, found = _pick(file, frame_indices(found, count))
     except (av.error.FFmpegError, IndexError) as error:
         raise ImageError(f"video file {file} cannot be decoded: {error}") from None
     if not found:
@@ -81,16 +89,20 @@ def read_clip(path: str | Path, count: int) -> Clip:
     return Clip(tuple(frames), times, found / rate)
 
 
-def _declared(av, file: Path) -> tuple[int, float | None]:
+def _declared(file: Path) -> tuple[int, float | None]:
     """Number of frames (0 if unknown) and frames a second, as the header has them."""
+    import av
+
     with av.open(str(file)) as container:
         stream = container.streams.video[0]
         rate = stream.average_rate or stream.guessed_rate
         return stream.frames, None if not rate else float(rate)
 
 
-def _pick(av, file: Path, indices: Sequence[int]) -> tuple[list[Image.Image], int]:
+def _pick(file: Path, indices: Sequence[int]) -> tuple[list[Image.Image], int]:
     """The frames of these indices, and how many there are in all. Decoded one after the other: seeking is inexact."""
+    import av
+
     wanted = {int(index) for index in indices}
     kept: dict[int, Image.Image] = {}
     total = 0

@@ -2,7 +2,7 @@
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from PIL.Image import Image
@@ -17,6 +17,8 @@ from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAUL
 from llava.conversation import new_conversation
 from llava.eval.tower_features import TowerFeatures
 from llava.mm_utils import process_images, tokenizer_image_token
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,10 @@ class GenerationSettings:
         chosen = sampling if self.temperature > 0 else {"do_sample": False}
         return {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens, "use_cache": True, **chosen}
 
+    def record(self) -> dict[str, Any]:
+        """The settings as a run record has them. Runs from before there was a choice are runs without compilation."""
+        return {name: value for name, value in vars(self).items() if name != "compile" or value}
+
 
 class LlavaAnswerer:
     """Device side: a loaded model, patched with the configured compression.
@@ -200,8 +206,7 @@ class LlavaAnswerer:
             "dtype": str(model.dtype).removeprefix("torch."),
             "attn_implementation": model.config._attn_implementation,
             "sample_weights": getattr(model.config, "sample_weights", None),
-            # Runs recorded before there was a choice are runs without compilation.
-            "generation": {name: value for name, value in vars(self._generation).items() if name != "compile" or value},
+            "generation": self._generation.record(),
             "compression": self._config.to_dict(),
         }
 
@@ -242,7 +247,7 @@ class CompiledDecoding:
         self._compile = apet.compile_config()
         self._rows = 0
 
-    def filled_up(self, prepared: Sequence[PreparedQuestion]) -> list[PreparedQuestion]:
+    def filled_up(self, prepared: Sequence[T]) -> list[T]:
         """The batch, with repetitions of its first question up to the largest batch so far: its step is compiled."""
         return [*prepared, *[prepared[0]] * (self._rows - len(prepared))]
 

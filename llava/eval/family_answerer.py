@@ -12,7 +12,7 @@ from apet.eval.answerer import Answer
 from apet.eval.benchmarks import Question
 from apet.eval.images import ImageError
 from apet.eval.videos import read_clip
-from llava.eval.answerer import GenerationSettings, Upload, until_end
+from llava.eval.answerer import CompiledDecoding, GenerationSettings, Upload, until_end
 from llava.model.processors import FamilyProcessor, Inputs
 
 FRAMES = 8
@@ -96,21 +96,22 @@ class FamilyAnswerer:
         model_path: str,
         new_tokens: int | None = None,
     ) -> None:
-        if generation.compile:
-            raise ValueError(f"--compile serves LLaVA checkpoints, not {model.config.model_type}; leave it out")
         self.model = apet.apply_patch(model, config)
         self.preparer, self.model_id = preparer, model_id
         self.device = str(model.device)
         self._generation, self._config, self._path = generation, config, model_path
         exactly = {} if new_tokens is None else {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
         self._generate = generation.kwargs() | exactly
+        most = self._generate["max_new_tokens"]
+        self._compiled = CompiledDecoding(self.model, most) if generation.compile else None
 
     def load(self, prepared: Sequence[Inputs]) -> LoadedInputs:
         """A batch on its way to the device."""
         upload = Upload(self.model.device)
+        filled = self._compiled.filled_up(prepared) if self._compiled else prepared
         inputs = {
             name: upload(value, self.model.dtype if name.startswith("pixel_values") else None)
-            for name, value in self.preparer.processor.collate(prepared).items()
+            for name, value in self.preparer.processor.collate(filled).items()
         }
         return LoadedInputs(inputs, tuple(one.pictures > 0 for one in prepared), upload)
 
@@ -118,13 +119,16 @@ class FamilyAnswerer:
         """Answers of a batch of prepared questions, or of what `load` made of them."""
         loaded = prepared if isinstance(prepared, LoadedInputs) else self.load(prepared)
         loaded.upload.finish()
-        output = self.model.generate(**loaded.inputs, **self._generate)
+        compiled = self._compiled.kwargs() if self._compiled else {}
+        output = self.model.generate(**loaded.inputs, **self._generate, **compiled)
+        if self._compiled:
+            self._compiled.answered(len(output))
         start = loaded.inputs["input_ids"].shape[1]
-        new_ids = [until_end(row, self.model.generation_config) for row in output[:, start:].tolist()]
+        new_ids = [until_end(row, self.model.generation_config) for row in output[: len(loaded.shown), start:].tolist()]
         texts = self.preparer.processor.tokenizer.batch_decode(
             new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        visual = apet.last_result(self.model).layer_averaged_tokens[:: self._generation.num_beams]
+        visual = apet.last_result(self.model).layer_averaged_tokens[:: self._generation.num_beams][: len(texts)]
         return [
             Answer(text.strip(), len(new), tokens if shown else None)
             for text, new, tokens, shown in zip(texts, new_ids, visual, loaded.shown, strict=True)
@@ -141,6 +145,7 @@ class FamilyAnswerer:
             "num_frames": self.preparer.frames,
             "dtype": str(model.dtype).removeprefix("torch."),
             "attn_implementation": model.config._attn_implementation,
-            "generation": vars(self._generation) | {"repetition_penalty": model.generation_config.repetition_penalty},
+            "generation": self._generation.record()
+            | {"repetition_penalty": model.generation_config.repetition_penalty},
             "compression": self._config.to_dict(),
         }

@@ -19,6 +19,7 @@ import apet
 from apet.eval.cli import add_compression_flags, config_from_flags
 from apet.eval.scoring_cli import Parser
 from llava.eval import apet_loader, eval_pope, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run_llava
+from llava.eval.answerer import CompiledDecoding
 from llava.eval.program import main
 from llava.model.builder import load_pretrained_model
 from llava.model.processors import Limits, load_processor
@@ -121,6 +122,25 @@ def test_ratios_are_taken_of_every_image(checkpoint, pope, tmp_path):
     assert measured == pytest.approx(sum(expected) / 6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_answers_are_those_of_a_plain_run(family, checkpoint, pope, tmp_path, monkeypatch):
+    """Traced as for compilation, but run as they are: no C++ compiler is needed."""
+    plain = CompiledDecoding.__init__
+
+    def init(self, *args):
+        plain(self, *args)
+        self._compile.backend, self._compile.mode, self._compile.fullgraph = "eager", None, True
+
+    monkeypatch.setattr(CompiledDecoding, "__init__", init)
+    torch._dynamo.reset()
+    for name, extra in (("plain", []), ("compiled", ["--compile"])):
+        flags = [*RATIOS, "--batch_size", "4", *extra]  # the second batch of the six questions is filled up
+        path = tmp_path / f"{name}.jsonl"
+        assert main(model_vqa_loader.parser(), words(checkpoint(family), pope / "questions.jsonl", path, *flags)) == 0
+    assert rows(tmp_path / "compiled.jsonl") == rows(tmp_path / "plain.jsonl")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+
+
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl"])
 def test_the_programs_for_tables_and_text_only_questions(family, checkpoint, tmp_path):
     buffer = io.BytesIO()
@@ -216,6 +236,13 @@ def test_missing_files_and_weights_are_named(checkpoint, tmp_path):
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(FileNotFoundError, match="image processor"):
         load_pretrained_model(str(folder), None, "x", device="cpu")
+    shutil.copy(checkpoint("qwen2_vl") / "preprocessor_config.json", folder)
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ValueError, match="no chat template"):
+        load_pretrained_model(str(folder), None, "x", device="cpu")
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert load_pretrained_model(str(folder), None, "x", device="cpu")[0].chat_template == template
     (folder / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="cannot be read"):
         load_pretrained_model(str(folder), None, "x", device="cpu")

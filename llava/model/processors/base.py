@@ -66,6 +66,7 @@ class FamilyProcessor:
     Attributes:
         typed: Whether the model wants `mm_token_type_ids`: 1 at image placeholders, 2 at those of videos.
         sized: Whether pictures keep their own size, between limits.
+        templated: Whether prompts come from the checkpoint's chat template.
 
     Args:
         tokenizer: Of the checkpoint.
@@ -76,6 +77,7 @@ class FamilyProcessor:
 
     typed: ClassVar[bool] = False
     sized: ClassVar[bool] = False
+    templated: ClassVar[bool] = True
 
     def __init__(self, tokenizer: Any, image_processor: Any, config: Any, files: Mapping[str, Any]) -> None:
         self.tokenizer, self.image_processor, self.config = tokenizer, image_processor, config
@@ -99,6 +101,8 @@ class FamilyProcessor:
             raise FileNotFoundError(f"{path} lacks files of its tokenizer or image processor: {error}") from error
         if tokenizer.chat_template is None:
             tokenizer.chat_template = files.get("chat_template.json", {}).get("chat_template")
+        if cls.templated and tokenizer.chat_template is None:
+            raise ValueError(f"{path} has no chat template (chat_template.jinja, or in tokenizer_config.json)")
         processor = cls(tokenizer, image_processor, config, files)
         processor.limit(limits)
         return processor
@@ -142,13 +146,7 @@ class FamilyProcessor:
         return Inputs(self._ids(prompt), encoded.tensors, len(encoded.replacements))
 
     def render(self, text: str, images: int, video: bool, conv_mode: str = "") -> str:
-        """The prompt with one marker per picture: one user turn, and an open assistant turn.
-
-        Raises:
-            ValueError: The checkpoint has no chat template.
-        """
-        if self.tokenizer.chat_template is None:
-            raise ValueError("the checkpoint has no chat template (chat_template.jinja or tokenizer_config.json)")
+        """The prompt with one marker per picture: one user turn, and an open assistant turn."""
         content = [{"type": "video" if video else "image"}] * (1 if video else images) + [
             {"type": "text", "text": text}
         ]

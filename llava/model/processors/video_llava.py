@@ -20,6 +20,8 @@ _PIXELS = next(
 class VideoLlavaProcessor(FamilyProcessor):
     """256 tokens an image; a class token and 256 tokens a frame."""
 
+    templated = False
+
     @classmethod
     def load_image_processor(cls, path: str) -> VideoLlavaImageProcessor:
         """Of the checkpoint; it works on numpy arrays."""
