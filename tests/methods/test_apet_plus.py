@@ -11,7 +11,7 @@ from methods import brute_force as brute
 from methods.synthetic import Inputs, noise, run
 
 # The bare selection: no quota, no noise, no sinks, largest norm first, nothing merged.
-BARE = {"quota": 0.0, "ridge": 0.0, "sinks": "keep", "start": "norm", "merge": False}
+BARE = {"normalise": "raw", "quota": 0.0, "ridge": 0.0, "sinks": "keep", "start": "norm", "merge": False}
 
 
 def gram(x):
