@@ -34,7 +34,7 @@ class _Patch:
         self.vision = built.vision
         positions = adapter.preset.position_mode if config.position_mode == "auto" else config.position_mode
         encoder = EncoderLog(adapter, _per_frame(adapter, config), built.taps) if self.vision is None else None
-        self.decoder = DecoderPatch(adapter, built.stages, positions, self.vision, encoder, config.size_bias)
+        self.decoder = DecoderPatch(adapter, built.stages, positions, self.vision, encoder, built.size_bias)
         self._handles = self.decoder.attach()
         for tower in adapter.towers:
             self._handles += TowerDepth(tower, max((tap.depth for tap in built.taps), default=0)).attach()
@@ -170,11 +170,13 @@ class _Built:
         vision: Hooks around the projector, None for families that are compressed behind it.
         stages: In the order of the layers.
         taps: Notes of the vision towers, where the method reads them.
+        size_bias: Put the sizes of tokens into the decoder's attention.
     """
 
     vision: VisionStage | None
     stages: list[Stage]
     taps: list[TowerTap]
+    size_bias: bool
 
 
 def _build_stages(adapter: Adapter, config: ApetConfig) -> _Built:
@@ -213,10 +215,12 @@ def _build_stages(adapter: Adapter, config: ApetConfig) -> _Built:
         select = _selector(adapter, config, "llm", adapter.preset.llm, layer)
         stages.append(Stage(f"layer {layer}", layer, budget, select, window, pool))
         window = budget if published else None
-    sizes = config.size_bias or any(stage.select.reads_sizes for stage in stages)
     select = None
     if vision_budget is not None or config.video_token_num is not None:
         select = _selector(adapter, config, "vision", adapter.preset.vision)
+    selects = [stage.select for stage in stages] + ([] if select is None else [select])
+    size_bias = any(one.size_bias for one in selects)
+    sizes = size_bias or any(stage.select.reads_sizes for stage in stages)
     taps = [] if select is None else _tower_taps(adapter, select)
     # Text is known when the prompt is put together: a method that reads it chooses among the embedded image tokens.
     embedded = adapter.projector is None or (select is not None and "text_embeddings" in select.needs)
@@ -229,7 +233,7 @@ def _build_stages(adapter: Adapter, config: ApetConfig) -> _Built:
         stages.insert(0, _embedded_stage(adapter, config, select))
     elif vision_budget is not None:
         stages.insert(0, Stage("vision", 0, vision_budget, None))
-    return _Built(vision, stages, taps)
+    return _Built(vision, stages, taps, size_bias)
 
 
 def _selector(adapter: Adapter, config: ApetConfig, stage: str, preset: StagePreset, layer: int = 0) -> Selector:

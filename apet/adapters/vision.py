@@ -31,12 +31,14 @@ class Select(Protocol):
         adaptive: Whether a block may get fewer rows than asked for; missing ones have index -1 and stand last.
         needs: Inputs the method asks for, by name, with their layers.
         reads_sizes: Whether it weighs rows with the tokens folded into them.
+        size_bias: Whether sizes go into the decoder's attention.
     """
 
     features: str
     adaptive: bool
     needs: Mapping[str, tuple[int, ...]]
     reads_sizes: bool
+    size_bias: bool
 
     def __call__(
         self,
