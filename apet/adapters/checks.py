@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apet.adapters.prompt_state import PromptState
+
 _PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 
 
@@ -16,7 +18,7 @@ def refuse_training(module: nn.Module, args: tuple, kwargs: dict) -> None:
         raise ValueError("labels do not fit a shortened sequence; apet.remove_patch(model) before computing a loss")
 
 
-def refuse_continuation(given: dict, tokens: Tensor, cache: Any, state: Any) -> None:
+def refuse_continuation(given: dict, tokens: Tensor, cache: Any, state: PromptState | None) -> None:
     """Raise where a filled cache is continued in a way that cannot be right; `state` is what the prompt left on it."""
     if given.get("mm_encoder_outputs") or any(given.get(name) is not None for name in _PIXELS):
         raise ValueError(

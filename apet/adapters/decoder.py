@@ -12,7 +12,7 @@ one forward.
 import inspect
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,50 +26,10 @@ from apet.adapters.encoder import EncoderLog
 from apet.adapters.inputs import Encoded, StageView
 from apet.adapters.layout import Block, Item, Layout, Segment, Unit, layout_from_ids, square, to_device
 from apet.adapters.prompt_length import PromptLength
+from apet.adapters.prompt_state import LayerGroup, PromptState, forget_prompt, keep_state, state_of, widened
 from apet.adapters.size_bias import LARGEST, SizeBias
 from apet.adapters.stages import Stage, StageRun, choose, equal, report, vision_choice, ways_of
 from apet.adapters.vision import ImageRecord, VisionStage
-
-_STATE = "_apet_state"
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Consecutive layers that see the same tokens.
-
-    Attributes:
-        first: 0-based first layer.
-        length: Prompt columns, padding included.
-        mask: (B, length) bool, or None without padding; behind the prefill on a static cache as wide as its layers.
-        offset: (..., B, 1) int64 what the position of a new token is ahead of the columns cached before it.
-        log_sizes: (B, length) logarithm of the image tokens behind every column, where it is asked for; as wide as
-            `mask` can be.
-    """
-
-    first: int
-    length: int
-    mask: Tensor | None
-    offset: Tensor
-    log_sizes: Tensor | None = None
-
-
-@dataclass
-class _State:
-    """What decoding must know about a compressed prompt.
-
-    Attributes:
-        groups: Layer groups whose inputs differ from what the text model believes, by first layer.
-        original_length: Columns of the prompt before compression.
-        original_last: (..., B, 1) position of the last prompt token before compression.
-    """
-
-    original_length: int
-    original_last: Tensor
-    groups: list[_Group] = field(default_factory=list)
-
-    def group_of(self, layer: int) -> _Group | None:
-        """The group that holds `layer`, None where the text model's own values are right."""
-        return next((group for group in reversed(self.groups) if group.first <= layer), None)
 
 
 @dataclass
@@ -78,7 +38,7 @@ class _Call:
 
     prefill: bool
     cache: Any
-    state: _State | None = None
+    state: PromptState | None = None
     layout: Layout | None = None
     positions: Tensor | None = None
     shortened: np.ndarray | bool = False
@@ -143,7 +103,7 @@ class DecoderPatch:
         items = kwargs.pop("visual_items", None)
         cache = given.get("past_key_values")
         tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
-        state = getattr(cache, _STATE, None)
+        state = state_of(cache)
         # A known cache and a single token are a decoding step; asking a static cache for its length would synchronise.
         decoding = state is not None and tokens.shape[1] == 1
         prefill = not decoding and (cache is None or int(cache.get_seq_length()) == 0)
@@ -162,7 +122,7 @@ class DecoderPatch:
         if call is not None and call.prefill and call.layout is not None:
             self.runs = tuple(call.runs)
             if call.state is not None:
-                call.state.groups = [_widened(group, call.cache) for group in call.state.groups]
+                call.state.groups = [widened(group, call.cache) for group in call.state.groups]
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = getattr(self._local, "call", None)
@@ -187,7 +147,7 @@ class DecoderPatch:
             return kwargs
         call.positions = self._rotary_positions(kwargs.get("position_ids"), embeds)
         last = to_device(call.layout.last_valid, embeds.device).view(-1, 1).expand(*call.positions.shape[:-1], 1)
-        call.state = _State(embeds.shape[1], call.positions.gather(-1, last))
+        call.state = PromptState(embeds.shape[1], call.positions.gather(-1, last))
         if self._sizes:
             call.sizes = torch.ones(embeds.shape[:2], device=embeds.device)
         call.entry = (embeds, call.layout) if self._asks else None
@@ -215,7 +175,7 @@ class DecoderPatch:
         if call.prefill:
             if index == 0 and kwargs.get("past_key_values") is not None:
                 call.cache = kwargs["past_key_values"]
-                setattr(call.cache, _STATE, call.state)
+                keep_state(call.cache, call.state)
             stage = self._stages.get(index) if index > 0 else None
             if stage is not None:
                 group = call.state.group_of(index)
@@ -324,7 +284,7 @@ class DecoderPatch:
         call.positions = kept
         mask = valid if layout.has_padding else None
         log_sizes = call.sizes.clamp(min=1, max=LARGEST).log() if self._size_bias else None
-        call.state.groups.append(_Group(stage.layer, layout.length, mask, last + 1 - layout.length, log_sizes))
+        call.state.groups.append(LayerGroup(stage.layer, layout.length, mask, last + 1 - layout.length, log_sizes))
 
     def _log_sizes(self, layer: int, keys: int) -> Tensor | None:
         """Log sizes (B, keys) in a layer of the forward in flight; generated tokens count as one."""
@@ -334,7 +294,9 @@ class DecoderPatch:
             return None
         return nn.functional.pad(group.log_sizes, (0, keys - group.log_sizes.shape[1]))
 
-    def _layer_inputs(self, call: _Call, group: _Group, hidden: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+    def _layer_inputs(
+        self, call: _Call, group: LayerGroup, hidden: Tensor
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
         """Attention mask and rotary embeddings of the layers of a group, in prefill or decoding."""
         if call.prefill:
             mask, positions = group.mask, call.positions
@@ -351,7 +313,7 @@ class DecoderPatch:
         )
         return mask, self._adapter.text_model.rotary_emb(hidden, positions)
 
-    def _decode_inputs(self, call: _Call, group: _Group, queries: int) -> tuple[Tensor | None, Tensor]:
+    def _decode_inputs(self, call: _Call, group: LayerGroup, queries: int) -> tuple[Tensor | None, Tensor]:
         """2-D mask (None without padding) and positions (B, q) of a step on a filled cache."""
         layer = call.cache.layers[group.first]
         past = layer.get_seq_length()
@@ -398,30 +360,6 @@ class DecoderPatch:
         if call.records is None:
             return [None]
         return [[_item(record) for record in call.records]]
-
-
-def _widened(group: _Group, cache: Any) -> _Group:
-    """The group as decoding on its cache needs it.
-
-    On a static cache its tensors have one shape for all prompts, and its numbers are never read: a compiled decoding
-    step serves every prompt.
-    """
-    layer = cache.layers[group.first] if cache is not None else None
-    if layer is None or not layer.is_compileable:
-        return group
-    missing = (0, layer.max_cache_len - group.length)
-    mask, sizes = group.mask, group.log_sizes
-    return replace(
-        group,
-        mask=None if mask is None else nn.functional.pad(mask, missing, value=True),
-        log_sizes=None if sizes is None else nn.functional.pad(sizes, missing),
-    )
-
-
-def forget_prompt(cache: Any) -> None:
-    """Take the state of a compressed prompt off a cache that is empty again."""
-    if getattr(cache, _STATE, None) is not None:
-        delattr(cache, _STATE)
 
 
 def _layer_hook(patch: DecoderPatch, index: int):
