@@ -2,17 +2,20 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from apet.adapters import Adapter, adapter_for
-from apet.adapters.decoder import DecoderPatch, Stage, StageRun
+from apet.adapters.available import unavailable
+from apet.adapters.decoder import DecoderPatch
 from apet.adapters.encoder import EncoderLog
-from apet.adapters.inputs import DECODER_INPUTS, TOWER_INPUTS
+from apet.adapters.stages import Stage, StageRun
 from apet.adapters.tower import TowerDepth
+from apet.adapters.tower_log import TowerTap
 from apet.adapters.vision import ImageLayout, VisionStage
-from apet.config import ApetConfig, check_not_growing
+from apet.config import ApetConfig, StagePreset, check_not_growing
 from apet.methods import selector
 from apet.methods.base import Selector
 from apet.methods.context import missing_input
@@ -27,13 +30,14 @@ class _Patch:
     def __init__(self, adapter: Adapter, config: ApetConfig) -> None:
         self.config = config
         self.num_layers = len(adapter.layers)
-        self.vision, stages = _build_stages(adapter, config)
+        built = _build_stages(adapter, config)
+        self.vision = built.vision
         positions = adapter.preset.position_mode if config.position_mode == "auto" else config.position_mode
-        encoder = EncoderLog(adapter, _per_frame(adapter, config)) if self.vision is None else None
-        self.decoder = DecoderPatch(adapter, stages, positions, self.vision, encoder, config.size_bias)
+        encoder = EncoderLog(adapter, _per_frame(adapter, config), built.taps) if self.vision is None else None
+        self.decoder = DecoderPatch(adapter, built.stages, positions, self.vision, encoder, built.size_bias)
         self._handles = self.decoder.attach()
         for tower in adapter.towers:
-            self._handles += TowerDepth(tower).attach()
+            self._handles += TowerDepth(tower, max((tap.depth for tap in built.taps), default=0)).attach()
         if self.vision is not None:
             self._handles += self.vision.attach() + adapter.attach_encoder(self.vision)
         else:
@@ -158,7 +162,24 @@ def _by_row(items, values, rows: int) -> tuple[tuple, ...]:
     )
 
 
-def _build_stages(adapter: Adapter, config: ApetConfig) -> tuple[VisionStage | None, list[Stage]]:
+@dataclass(frozen=True)
+class _Built:
+    """A configuration on a model.
+
+    Attributes:
+        vision: Hooks around the projector, None for families that are compressed behind it.
+        stages: In the order of the layers.
+        taps: Notes of the vision towers, where the method reads them.
+        size_bias: Put the sizes of tokens into the decoder's attention.
+    """
+
+    vision: VisionStage | None
+    stages: list[Stage]
+    taps: list[TowerTap]
+    size_bias: bool
+
+
+def _build_stages(adapter: Adapter, config: ApetConfig) -> _Built:
     """The stages of a configuration on a model, checked.
 
     Raises:
@@ -186,69 +207,81 @@ def _build_stages(adapter: Adapter, config: ApetConfig) -> tuple[VisionStage | N
         check_not_growing(list(zip(names, config.stage_budgets, strict=True)))
     if config.layer_list:
         _refuse_sliding_window(adapter)
-    vision, stages = None, []
     published = config.compat == "published"
     window = vision_budget if published else None
     pool = "prompt" if config.budget_per == "prompt" else "item"
+    stages = []
     for layer, budget in zip(config.layer_list, layer_budgets, strict=True):
-        select = selector(
-            config, "llm", adapter.preset.llm, layer=layer, num_layers=num_layers, available=DECODER_INPUTS
-        )
+        select = _selector(adapter, config, "llm", adapter.preset.llm, layer)
         stages.append(Stage(f"layer {layer}", layer, budget, select, window, pool))
         window = budget if published else None
-    sizes = config.size_bias or any(stage.select.reads_sizes for stage in stages)
     select = None
     if vision_budget is not None or config.video_token_num is not None:
-        select = _vision_selector(adapter, config)
+        select = _selector(adapter, config, "vision", adapter.preset.vision)
+    selects = [stage.select for stage in stages] + ([] if select is None else [select])
+    size_bias = any(one.size_bias for one in selects)
+    sizes = size_bias or any(stage.select.reads_sizes for stage in stages)
+    taps = [] if select is None else _tower_taps(adapter, select)
     # Text is known when the prompt is put together: a method that reads it chooses among the embedded image tokens.
     embedded = adapter.projector is None or (select is not None and "text_embeddings" in select.needs)
+    vision = None
     if adapter.projector is not None:
-        per_image = config.budget_per == "image"
-        tower = adapter.towers[0] if adapter.towers else None
-        vision = VisionStage(
-            adapter.projector, None if embedded else vision_budget, select, per_image, published, tower,
-            keep_sizes=sizes, keep_features=embedded,
-        )  # fmt: skip
+        here = (None, None) if embedded else (vision_budget, select)
+        per_image, tap = config.budget_per == "image", taps[0] if taps else None
+        vision = VisionStage(adapter.projector, *here, per_image, published, tap, sizes)
     if embedded and select is not None:
         stages.insert(0, _embedded_stage(adapter, config, select))
     elif vision_budget is not None:
         stages.insert(0, Stage("vision", 0, vision_budget, None))
-    return vision, stages
+    return _Built(vision, stages, taps, size_bias)
 
 
-def _vision_selector(adapter: Adapter, config: ApetConfig) -> Selector:
-    """The method at the vision stage, with what the family has for it.
+def _selector(adapter: Adapter, config: ApetConfig, stage: str, preset: StagePreset, layer: int = 0) -> Selector:
+    """The method at a stage.
 
     Raises:
-        ValueError: The method asks for something the family does not have.
+        ValueError: The method cannot run there, or asks for something the family does not have.
     """
-    available = {"text_embeddings"} if adapter.projector is None or adapter.single_crop else set()
-    layers = getattr(getattr(adapter.towers[0], "encoder", None), "layers", ()) if adapter.towers else ()
-    if adapter.projector is not None and len(layers):
-        available |= TOWER_INPUTS
-    select = selector(
-        config, "vision", adapter.preset.vision, num_layers=len(adapter.layers), available=available
-    )  # fmt: skip
-    for name, wanted in select.needs.items():
-        if any(not -len(layers) <= layer < len(layers) for layer in wanted):
-            reason = f"the vision tower has {len(layers)} layers"
-            raise ValueError(missing_input(select.method.name, name, wanted, "vision", reason))
+    select = selector(config, stage, preset, layer=layer, num_layers=len(adapter.layers))
+    for name, layers in select.needs.items():
+        reason = unavailable(adapter, name, layers)
+        if reason is not None:
+            raise ValueError(missing_input(select.method.name, name, layers, stage, reason))
+    if stage == "vision" and "text_embeddings" in select.needs and config.compat == "published":
+        raise ValueError(
+            f"method {select.method.name!r} reads the text, which the published accounting (compat='published') does "
+            "not know; leave compat out"
+        )
     return select
 
 
+def _tower_taps(adapter: Adapter, select: Selector) -> list[TowerTap]:
+    """Notes of the towers that a method's vision stage reads: one for each kind of input; none if it reads no tower."""
+    layers = {layer for wanted in select.needs.values() for layer in wanted}
+    if not layers and "vision_features" not in select.needs:
+        return []
+    if adapter.projector is not None:
+        return [TowerTap(adapter.class_token_towers[0] if layers else None, layers)]
+    projector = adapter.row_projector if "vision_features" in select.needs else None
+    return [TowerTap(tower, layers, projector) for tower in adapter.class_token_towers]
+
+
 def _embedded_stage(adapter: Adapter, config: ApetConfig, select: Selector) -> Stage:
-    """The vision stage of a family that is compressed behind its projector."""
+    """The vision stage among the embedded tokens."""
     budget = config.stage_budgets[0]
     if config.budget_per == "prompt":
         return Stage("vision", 0, budget, select, pool="prompt")
+    per_crop = config.budget_per == "crop"
+    if adapter.projector is not None:
+        # The host has arranged the crops as one picture: tokens of all of them are chosen together.
+        return Stage("vision", 0, budget, select, per_crop=per_crop)
     videos = None
     if adapter.videos is not None:
         per_frame = _per_frame(adapter, config)
-        text = {"text_embeddings"}
-        video_select = selector(config, "vision", adapter.preset.frame, available=text) if per_frame else select
+        video_select = _selector(adapter, config, "vision", adapter.preset.frame) if per_frame else select
         video_budget = budget if config.video_token_num is None else config.video_token_num
         videos = Stage("vision", 0, video_budget, video_select, pool="segment" if per_frame else "item")
-    return Stage("vision", 0, budget, select, pool="segment" if config.budget_per == "crop" else "item", videos=videos)
+    return Stage("vision", 0, budget, select, pool="segment" if per_crop else "item", videos=videos)
 
 
 def _per_frame(adapter: Adapter, config: ApetConfig) -> bool:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from families import FAMILIES
 from tiny import IMAGE_ID, MIXED_ROWS, PATCHES, batch, tiny_llava
-from transformers import DynamicCache
+from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 import apet
 from apet import ApetConfig
@@ -153,3 +153,68 @@ def test_methods_that_ask_for_nothing_pay_nothing():
 def test_a_layer_the_tower_does_not_have_is_refused():
     with pytest.raises(ValueError, match="the vision tower has 3 layers"):
         apet.apply_patch(tiny_llava("sdpa"), ApetConfig(visual_token_num=5, method="vscan"))
+
+
+def test_attention_is_aligned_with_features_that_hold_the_class_token(spy):
+    model, inputs = tiny_llava("eager").double(), double(batch(MIXED_ROWS[:1]))
+    model.config.vision_feature_select_strategy = "full"
+    ids = inputs["input_ids"]
+    first = ids[0].tolist().index(IMAGE_ID)
+    inputs["input_ids"] = torch.cat([ids[:, :first], ids[:, first : first + 1], ids[:, first:]], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    tower = model.model.vision_tower
+    expected = tower(inputs["pixel_values"], output_attentions=True).attentions[-1][:, :, 0]
+    with apet.patched(model, ApetConfig(visual_token_num=5, method="spy")):
+        model(**inputs)
+    torch.testing.assert_close(spy[0]["cls_attention", -1].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_the_tower_runs_as_deep_as_a_method_looks(spy):
+    model, inputs = tiny_llava("eager").double(), double(batch(MIXED_ROWS[:1]))
+    model.config.vision_feature_layer = 1
+    expected = model.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions[-1][:, :, 0, 1:]
+    with apet.patched(model, ApetConfig(visual_token_num=5, method="spy")):
+        model(**inputs)
+    torch.testing.assert_close(spy[0]["cls_attention", -1].double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tower_that_did_not_run_is_no_source():
+    model = tiny_llava("sdpa")
+    features = torch.zeros(1, PATCHES, 24)
+    with apet.patched(model, ApetConfig(visual_token_num=5, method="visionzip")):
+        model(**batch(MIXED_ROWS[:1]))
+        with pytest.raises(ValueError, match="has not just run on these 1 crops; give the model pixels"):
+            model.model.multi_modal_projector(features)
+
+
+def test_a_tower_without_class_token_is_refused():
+    vision = SiglipVisionConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=70, patch_size=14
+    )
+    text = tiny_llava("sdpa").config.text_config
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text)).eval()
+    with pytest.raises(ValueError, match="'visionzip' needs cls_attention .* the vision tower has no class token"):
+        apet.apply_patch(model, ApetConfig(visual_token_num=5, method="visionzip"))
+    apet.apply_patch(model, ApetConfig(visual_token_num=5, method="mmtok", method_options={"text": False}))
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_tower_inputs_behind_the_projector(kind, spy):
+    """Video-LLaVA: images and the frames of videos, against the towers' own eager attention."""
+    family = FAMILIES["video_llava"]
+    model = family.build("eager").double()
+    prompts = [[2, (kind, 0), 3], [4, (kind, 1), 2]]
+    inputs = double(family.inputs(prompts))
+    tower = getattr(model.model, f"{kind}_tower")
+    pixels = next(value for name, value in inputs.items() if name.startswith("pixel"))
+    pixels = pixels.flatten(0, -4) if pixels.dim() == 5 else pixels
+    output = tower(pixels, output_attentions=True, output_hidden_states=True)
+    with apet.patched(model, ApetConfig(visual_token_num=5, method="spy", video_budget_per="frame")):
+        model(**inputs)
+    (said,) = spy
+    order = range(len(pixels))
+    for layer in (-1, 0):
+        expected = output.attentions[layer][order, :, 0, 1:]
+        torch.testing.assert_close(said["cls_attention", layer].double(), expected, atol=1e-5, rtol=1e-5)
+    features = output.hidden_states[model.config.vision_feature_layer][:, 1:]
+    torch.testing.assert_close(said["vision_features", None], features)

@@ -128,3 +128,33 @@ def test_published_accounting_cuts_the_first_tokens_only(model):
     (entered,), (left,) = result.stages[1].tokens_in, result.stages[1].tokens_out
     assert entered[0] - left[0] == 8 - 5
     assert result.stages[1].kept[0][0][-(entered[0] - 8) :].tolist() == list(range(8, entered[0]))
+
+
+READS = {
+    "visionzip": {},
+    "prumerge_plus": {},
+    "cdpruner": {"relevance": "embeddings"},
+    "mmtok": {},
+    "apet_plus": {"text": 1.0},
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_methods_that_read_tower_or_text(model, name):
+    """Rows alone and in a batch; where tokens of all crops are chosen together a budget is multiplied by the crops."""
+    config = ApetConfig(method=name, method_options=READS[name], visual_token_num=8, basis_token_num=3)
+    with apet.patched(model, config):
+        together, result = generate(model, inputs(model)), apet.last_result(model)
+        for index in range(3):
+            alone = generate(model, inputs(model, (index,)))
+            assert alone.sequences[0, -5:].tolist() == together.sequences[index, -5:].tolist()
+            assert apet.last_result(model).tokens_per_layer[0] == result.tokens_per_layer[index]
+    layouts = apet.adapters.adapter_for(model)._layouts(SIZES)
+    for layout, (tokens,) in zip(layouts, result.stages[0].kept, strict=True):
+        assert (layout.columns[tokens] >= 0).sum() == 8 * layout.crops
+
+
+def test_published_accounting_does_not_know_text(model):
+    config = ApetConfig(method="mmtok", visual_token_num=8, compat="published")
+    with pytest.raises(ValueError, match="'mmtok' reads the text, .* leave compat out"):
+        apet.apply_patch(model, config)

@@ -1,57 +1,159 @@
-"""Every method that needs nothing but the tokens runs behind the patch; the others are refused before it is applied."""
+"""Every method behind the patch: in batches, with and without a cache, keeping everything, or refused with a reason."""
+
+import functools
 
 import pytest
 import torch
+from families import FAMILIES, SUPPRESSED
 from tiny import IMAGE_ID, MIXED_ROWS, PATCHES, batch
 
 import apet
 from apet import ApetConfig
 from apet.methods import get_method, method_names
 
+STEPS = 4
 STAGES = {
     "vision": {"visual_token_num": 9},
     "llm": {"layer_list": [2], "image_token_list": [7]},
+    "both": {"visual_token_num": 12, "layer_list": [2, 3], "image_token_list": [9, 4]},
 }
-CASES = [(name, stage) for name in method_names() for stage in STAGES if stage in get_method(name).stages]
-# A LLaVA checkpoint has no CLIP text tower.
-MISSING = [("cdpruner", "vision")]
-SERVED = [case for case in CASES if case not in MISSING]
-# The tiny tower has three layers.
-TEXT = {"text_embeddings", "text_hidden", "attention_row", "text_attention"}
-OPTIONS = {("vscan", "vision"): {"shallow": 1}}
+# The tiny towers have three layers.
+NEEDED = {"vscan": {"shallow": 1}, "cdpruner": {"relevance": "embeddings"}}
+VARIANTS = [
+    ("apet_plus", {"text": 1.0, "sinks": "merge", "rounds": 3}),
+    ("apet_plus", {"size_bias": True, "similarity_floor": None}),
+    ("mmtok", {"text": False}),
+    ("dart", {"text_pivots": 0}),
+    ("scope", {"alpha": 0.0}),
+]
 
 
-def generate(model, inputs):
+def stages_of(name: str) -> list[str]:
+    own = get_method(name).stages
+    return [stage for stage in STAGES if (set(own) >= {"vision", "llm"} if stage == "both" else stage in own)]
+
+
+METHODS = [(name, NEEDED.get(name, {})) for name in method_names()] + VARIANTS
+CASES = [(name, options, stage) for name, options in METHODS for stage in stages_of(name)]
+every = pytest.mark.parametrize(("name", "options", "stage"), CASES, ids=str)
+
+
+def config_of(name: str, options: dict, fields: dict) -> ApetConfig:
+    return ApetConfig(method=name, method_options=options, basis_token_num=3, **fields)
+
+
+def generate(model, inputs, suppressed=(IMAGE_ID,), **more):
     return model.generate(
-        **inputs, max_new_tokens=4, do_sample=False, suppress_tokens=[IMAGE_ID], return_dict_in_generate=True,
-        output_logits=True,
+        **inputs, max_new_tokens=STEPS, do_sample=False, suppress_tokens=list(suppressed),
+        return_dict_in_generate=True, output_logits=True, **more,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "stage"), SERVED)
-def test_counts_batches_and_caches(llava_sdpa, name, stage):
-    options = OPTIONS.get((name, stage), {})
-    config = ApetConfig(method=name, method_options=options, basis_token_num=3, **STAGES[stage])
-    with apet.patched(llava_sdpa, config):
+def kept(model) -> list:
+    """Per sample and stage the positions kept of every image."""
+    stages = apet.last_result(model).stages
+    rows = range(len(stages[0].kept))
+    return [[[image.tolist() for image in stage.kept[row]] for stage in stages] for row in rows]
+
+
+def agree(model, together, alone, row: int) -> None:
+    """A sample alone is what it is in the batch."""
+    assert alone.sequences[0, -STEPS:].tolist() == together.sequences[row, -STEPS:].tolist()
+    for one, many in zip(alone.logits, together.logits, strict=True):
+        torch.testing.assert_close(one[0], many[row], atol=1e-3, rtol=0)
+
+
+@every
+def test_batches_and_caches(llava_sdpa, name, options, stage):
+    with apet.patched(llava_sdpa, config_of(name, options, STAGES[stage])):
         together = generate(llava_sdpa, batch(MIXED_ROWS))
-        result = apet.last_result(llava_sdpa)
-        alone = generate(llava_sdpa, batch(MIXED_ROWS[2:3]))
-        uncached = llava_sdpa.generate(
-            **batch(MIXED_ROWS), max_new_tokens=4, do_sample=False, suppress_tokens=[IMAGE_ID], use_cache=False
-        )
-    kept = 9 if stage == "vision" else 7
-    assert [sum(images) for images in result.stages[0].tokens_out] == [kept, kept, 2 * kept, 0, 2 * kept]
+        result, positions = apet.last_result(llava_sdpa), kept(llava_sdpa)
+        uncached = generate(llava_sdpa, batch(MIXED_ROWS), use_cache=False)
+        assert kept(llava_sdpa) == positions
+        again = generate(llava_sdpa, batch(MIXED_ROWS))
+        for row, inputs in enumerate(MIXED_ROWS):
+            agree(llava_sdpa, together, generate(llava_sdpa, batch([inputs])), row)
+            assert kept(llava_sdpa) == positions[row : row + 1]
+    count = {"vision": 9, "llm": 7, "both": 4}[stage]
+    assert [list(images) for images in result.stages[-1].tokens_out] == [[count] * n for _, n in MIXED_ROWS]
     assert all(torch.isfinite(step).all() for step in together.logits)
-    assert alone.sequences[0, -4:].tolist() == together.sequences[2, -4:].tolist()
-    # Without a cache every step chooses anew: a method that reads the text sees the new tokens too.
-    same = 1 if set(get_method(name, **options).needs(stage)) & TEXT else 4
-    assert torch.equal(uncached[:, : uncached.shape[1] - 4 + same], together.sequences[:, : -4 + same or None])
+    assert torch.equal(uncached.sequences, together.sequences)
+    assert all(map(torch.equal, again.logits, together.logits))
 
 
-@pytest.mark.parametrize(("name", "stage"), MISSING)
-def test_needs_that_cannot_be_met_are_refused(llava_sdpa, name, stage):
-    with pytest.raises(ValueError, match=f"method {name!r} needs"):
-        apet.apply_patch(llava_sdpa, ApetConfig(method=name, **STAGES[stage]))
+@every
+def test_the_whole_budget_changes_nothing(llava_sdpa, name, options, stage):
+    inputs = batch(MIXED_ROWS)
+    whole = {"visual_token_num": PATCHES, "layer_list": [2], "image_token_list": [PATCHES]}
+    fields = {field: value for field, value in whole.items() if field in STAGES[stage]}
+    expected = llava_sdpa(**inputs).logits
+    with apet.patched(llava_sdpa, config_of(name, options, fields)):
+        assert torch.equal(llava_sdpa(**inputs).logits, expected)
+
+
+@functools.cache
+def family_model(family: str):
+    return FAMILIES[family].build("sdpa").double()
+
+
+def family_inputs(family: str, prompts: list) -> dict:
+    """In float64, so that no choice hangs on how a batch rounds."""
+    inputs = FAMILIES[family].inputs(prompts)
+    return {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+# What a family does not have, and why.
+TOWERS = {"video_llava"}
+REASONS = {
+    "cls_attention": {"internvl": "four patches", None: "no class token"},
+    "vision_keys": {"internvl": "four patches", None: "no class token"},
+    "vision_features": {None: "one by one"},
+}
+
+
+def missing(family: str, name: str, options: dict, stage: str) -> str | None:
+    """Why a family cannot serve a method."""
+    needs = get_method(name, **options).needs("llm" if stage == "llm" else "vision")
+    for need in [] if family in TOWERS else needs:
+        if need in REASONS:
+            return REASONS[need].get(family, REASONS[need][None])
+    return None
+
+
+@pytest.mark.parametrize(("name", "options", "stage"), [case for case in CASES if case[2] != "both"], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, name, options, stage):
+    model, prompts = family_model(family), FAMILIES[family].prompts
+    budget = {"image_token_ratio": 0.4} if stage == "vision" else {"layer_list": [2], "image_token_ratio_list": [0.4]}
+    config = config_of(name, options, budget)
+    reason = missing(family, name, options, stage)
+    if reason is not None:
+        with pytest.raises(ValueError, match=f"method {name!r} needs .* at the {stage} stage, but .*{reason}"):
+            apet.apply_patch(model, config)
+        assert apet.active_config(model) is None
+        return
+    with apet.patched(model, config):
+        inputs = family_inputs(family, prompts)
+        together, positions = generate(model, inputs, SUPPRESSED), kept(model)
+        assert torch.equal(generate(model, inputs, SUPPRESSED, use_cache=False).sequences, together.sequences)
+        for row, parts in enumerate(prompts):
+            agree(model, together, generate(model, family_inputs(family, [parts]), SUPPRESSED), row)
+            assert kept(model) == positions[row : row + 1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_method_can_wish_for_the_size_bias(llava_sdpa, stage):
+    """As an option it is what it is as a field of the configuration, and it changes answers."""
+    inputs, logits = batch(MIXED_ROWS), []
+    for options, fields in (({}, {}), ({"size_bias": True}, {}), ({}, {"size_bias": True})):
+        with apet.patched(llava_sdpa, config_of("apet_plus", options, STAGES[stage] | fields)):
+            logits.append(llava_sdpa(**inputs).logits)
+    assert torch.equal(logits[1], logits[2]) and not torch.allclose(logits[0], logits[1], atol=1e-3)
+
+
+def test_the_text_tower_is_refused_by_name(llava_sdpa):
+    with pytest.raises(ValueError, match="method 'cdpruner' needs clip_relevance .* CLIP's text tower is no part"):
+        apet.apply_patch(llava_sdpa, ApetConfig(method="cdpruner", visual_token_num=9))
     assert apet.active_config(llava_sdpa) is None
 
 

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from reference import Reference
-from tiny import IMAGE_ID, MIXED_ROWS, batch
+from tiny import IMAGE_ID, MIXED_ROWS, batch, tiny_llava
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations import flash_attention
 
 import apet
 from apet import ApetConfig
@@ -69,3 +71,26 @@ def test_every_cache_kind_equals_the_reference(llava, name, options, positions):
     config = ApetConfig.from_dict(SETTINGS[name].to_dict() | {"position_mode": positions})
     check(llava, MIXED_ROWS[:1], config, **options)
     check(llava, [MIXED_ROWS[0], MIXED_ROWS[2], MIXED_ROWS[3]], config, **options)
+
+
+def test_a_size_bias_leaves_flash_attention_its_kernels(monkeypatch):
+    """With a stand-in for the kernels: they are asked for by their own name, with heads of a size they take."""
+    model, asked = tiny_llava("sdpa"), []
+    config = ApetConfig.from_dict(SETTINGS["all"].to_dict() | {"size_bias": True})
+    expected = run(model, MIXED_ROWS, config)[1]
+
+    def kernels(query, key, value, mask, query_length, is_causal, softmax_scale, attn_implementation, **more):
+        asked.append((attn_implementation, {states.shape[-1] % 8 for states in (query, key, value)}))
+        states = [one.transpose(1, 2) for one in (query, key, value)]
+        place = torch.arange(key.shape[1])
+        seen = place <= place[-query_length:].unsqueeze(1)
+        seen = seen if mask is None else seen & mask[:, None, None, :].bool()
+        seen = seen | torch.eye(key.shape[1], dtype=torch.bool)[-query_length:]  # padding looks at itself
+        mixed = scaled_dot_product_attention(*states, attn_mask=seen, scale=softmax_scale, enable_gqa=True)
+        return mixed.transpose(1, 2)
+
+    monkeypatch.setattr(flash_attention, "_flash_attention_forward", kernels)
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    torch.testing.assert_close(run(model, MIXED_ROWS, config)[1], expected, atol=1e-4, rtol=0)
+    assert {name for name, _ in asked} == {"flash_attention_2"}
+    assert asked[-1] == ("flash_attention_2", {0})

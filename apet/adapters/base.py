@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
-from apet.adapters.layout import Item, Layout
+from apet.adapters.layout import Item, Layout, square
 from apet.adapters.vision import VisionStage
 from apet.config import FAMILY_PRESETS, FamilyPreset
 
@@ -43,6 +43,7 @@ class Adapter:
         proof: Test files that compare the family with an independent reference.
         position_axes: Rows of the rotary positions: 1, or 3 (time, height, width) with M-RoPE.
         runs_are_items: Encoded images whose placeholders touch are tiles of one image.
+        no_class_token: Why nobody can ask for the attention of a class token, where `class_token_towers` is empty.
     """
 
     family: ClassVar[str]
@@ -52,6 +53,7 @@ class Adapter:
     proof: ClassVar[tuple[str, ...]] = ()
     position_axes: ClassVar[int] = 1
     runs_are_items: ClassVar[bool] = False
+    no_class_token: ClassVar[str] = "the vision tower has no class token"
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -88,9 +90,19 @@ class Adapter:
         return None
 
     @property
+    def row_projector(self) -> nn.Module | None:
+        """Module that maps rows of a tower to tokens one by one, None where tokens are made otherwise."""
+        return self.projector
+
+    @property
     def towers(self) -> list[nn.Module]:
         """Vision models with an `encoder` whose last layers may go unused."""
         return []
+
+    @property
+    def class_token_towers(self) -> list[nn.Module]:
+        """Those of `towers` with a class token in front of patches that become tokens one by one."""
+        return [tower for tower in self.towers if hasattr(getattr(tower, "embeddings", None), "class_embedding")]
 
     @property
     def single_crop(self) -> bool:
@@ -109,7 +121,7 @@ class Adapter:
             features: What `get_image_features` returned: per image (T, D).
             given: The arguments of the call.
         """
-        return [Item((len(one),)) for one in features]
+        return [Item((len(one),), grid=square(len(one))) for one in features]
 
     def video_items(self, features: Sequence[Tensor], given: Mapping[str, Any], per_frame: bool) -> list[Item]:
         """The same for videos; `per_frame` asks for the borders of the frames."""

@@ -12,7 +12,7 @@ one forward.
 import inspect
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,129 +21,15 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask
 
 from apet.adapters.base import Adapter
+from apet.adapters.checks import refuse_continuation, refuse_training, valid_columns
 from apet.adapters.encoder import EncoderLog
-from apet.adapters.inputs import BlockInputs, StageView
-from apet.adapters.layout import Block, Item, Layout, Segment, Unit, follows, layout_from_ids, to_device
+from apet.adapters.inputs import Encoded, StageView
+from apet.adapters.layout import Block, Item, Layout, Segment, Unit, layout_from_ids, square, to_device
+from apet.adapters.prompt_length import PromptLength
+from apet.adapters.prompt_state import LayerGroup, PromptState, forget_prompt, keep_state, state_of, widened
 from apet.adapters.size_bias import LARGEST, SizeBias
-from apet.adapters.vision import Budget, ImageRecord, Select, VisionStage, budget_for
-from apet.core.types import token_sizes
-
-_STATE = "_apet_state"
-_PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One place where sequences are shortened.
-
-    Attributes:
-        name: "vision" or "layer L".
-        layer: 0-based index of the layer in front of which it acts.
-        budget: Tokens per image: count, share (float), one count per image, or None for all.
-        select: The method, or None where the projector hooks have already compressed the rows.
-        window: Only the first so many tokens of an image take part, the others stay (the published accounting of anyres
-            images); None for all of them.
-        pool: Tokens that share a budget: those of an "item" (image or video), of a "segment" of it (frame, tile), or of
-            the whole "prompt".
-        videos: The same stage for videos where they are treated differently from images.
-    """
-
-    name: str
-    layer: int
-    budget: Budget
-    select: Select | None
-    window: int | None = None
-    pool: str = "item"
-    videos: "Stage | None" = None
-
-    def rule(self, part: Block | Segment) -> "Stage":
-        """The stage as it treats an image or a video."""
-        return self.videos if part.video and self.videos is not None else self
-
-    def unit_key(self, block: Block) -> Any:
-        """Equal for blocks of a row that are chosen from together."""
-        pool = self.rule(block).pool
-        return -1 if pool == "prompt" else (pool, block.segment if pool == "segment" else block.item)
-
-
-@dataclass(frozen=True)
-class StageRun:
-    """What a stage did to every image and video of the prompt.
-
-    Attributes:
-        stage: The stage.
-        items: The images and videos as they are in the prompt.
-        lengths: Tokens of each that entered the stage.
-        kept: Positions of the kept ones among these.
-    """
-
-    stage: Stage
-    items: tuple[Unit, ...]
-    lengths: tuple[int, ...]
-    kept: tuple[Tensor, ...]
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """What a stage keeps of one unit.
-
-    Attributes:
-        way: Number of columns kept where only the device knows which, or their positions in the unit.
-        indices: (K,) kept positions in the unit.
-        tokens: (K', D) new content of kept tokens, None where they stay as they are.
-        places: (K',) columns of the shortened unit that `tokens` go to; all of them without `tokens`.
-        sizes: (K',) image tokens behind each of them, if anything asks for sizes.
-    """
-
-    way: int | np.ndarray
-    indices: Tensor
-    tokens: Tensor | None = None
-    places: np.ndarray | None = None
-    sizes: Tensor | None = None
-
-    @property
-    def count(self) -> int:
-        """Columns kept."""
-        return self.way if isinstance(self.way, int) else len(self.way)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Consecutive layers that see the same tokens.
-
-    Attributes:
-        first: 0-based first layer.
-        length: Prompt columns, padding included.
-        mask: (B, length) bool, or None without padding; behind the prefill on a static cache as wide as its layers.
-        offset: (..., B, 1) int64 what the position of a new token is ahead of the columns cached before it.
-        log_sizes: (B, length) logarithm of the image tokens behind every column, where it is asked for; as wide as
-            `mask` can be.
-    """
-
-    first: int
-    length: int
-    mask: Tensor | None
-    offset: Tensor
-    log_sizes: Tensor | None = None
-
-
-@dataclass
-class _State:
-    """What decoding must know about a compressed prompt.
-
-    Attributes:
-        groups: Layer groups whose inputs differ from what the text model believes, by first layer.
-        original_length: Columns of the prompt before compression.
-        original_last: (..., B, 1) position of the last prompt token before compression.
-    """
-
-    original_length: int
-    original_last: Tensor
-    groups: list[_Group] = field(default_factory=list)
-
-    def group_of(self, layer: int) -> _Group | None:
-        """The group that holds `layer`, None where the text model's own values are right."""
-        return next((group for group in reversed(self.groups) if group.first <= layer), None)
+from apet.adapters.stages import Stage, StageRun, choose, equal, report, vision_choice, ways_of
+from apet.adapters.vision import ImageRecord, VisionStage
 
 
 @dataclass
@@ -152,7 +38,7 @@ class _Call:
 
     prefill: bool
     cache: Any
-    state: _State | None = None
+    state: PromptState | None = None
     layout: Layout | None = None
     positions: Tensor | None = None
     shortened: np.ndarray | bool = False
@@ -162,6 +48,7 @@ class _Call:
     entry: tuple[Tensor, Layout] | None = None
     taps: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     sizes: Tensor | None = None
+    generated: int = 0
     runs: list[StageRun] = field(default_factory=list)
     overrides: dict[int, tuple[Tensor | None, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
@@ -187,6 +74,7 @@ class DecoderPatch:
         self._tapped = {rule.layer - 1 for rule in rules if any(-1 in layers for layers in rule.select.needs.values())}
         self._size_bias = size_bias
         self._sizes = size_bias or any(rule.select.reads_sizes for rule in rules)
+        self._prompt_length = PromptLength(adapter.model)
         self._local = threading.local()
         self._base_names = list(inspect.signature(adapter.base_model.forward).parameters)
         self.prompt: tuple[Unit, ...] = ()
@@ -196,7 +84,7 @@ class DecoderPatch:
     def attach(self) -> list:
         """Register all hooks; returns their handles."""
         handles = [
-            self._adapter.model.register_forward_pre_hook(_refuse_training, with_kwargs=True),
+            self._adapter.model.register_forward_pre_hook(refuse_training, with_kwargs=True),
             self._adapter.base_model.register_forward_pre_hook(self._enter, with_kwargs=True),
             self._adapter.base_model.register_forward_hook(self._leave, always_call=True),
             self._adapter.text_model.register_forward_pre_hook(self._before_text, with_kwargs=True),
@@ -204,6 +92,8 @@ class DecoderPatch:
         for index, layer in enumerate(self._adapter.layers):
             hook = _layer_hook(self, index)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if self._asks:
+            handles.append(self._prompt_length.attach())
         if self._size_bias:
             handles += SizeBias(self._adapter, self._log_sizes).attach()
         return handles
@@ -213,15 +103,16 @@ class DecoderPatch:
         items = kwargs.pop("visual_items", None)
         cache = given.get("past_key_values")
         tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
-        state = getattr(cache, _STATE, None)
+        state = state_of(cache)
         # A known cache and a single token are a decoding step; asking a static cache for its length would synchronise.
         decoding = state is not None and tokens.shape[1] == 1
         prefill = not decoding and (cache is None or int(cache.get_seq_length()) == 0)
-        call = _Call(prefill, cache, ids=given.get("input_ids"), items=items)
+        ids = given.get("input_ids")
+        call = _Call(prefill, cache, ids=ids, items=items, generated=self._prompt_length.generated(ids, cache))
         if prefill:
             forget_prompt(cache)  # an emptied cache may carry the state of the prompt before
         else:
-            _refuse_continuation(given, tokens, cache, state)
+            refuse_continuation(given, tokens, cache, state)
             call.state = state
         self._local.call = call
         return args, kwargs
@@ -231,7 +122,7 @@ class DecoderPatch:
         if call is not None and call.prefill and call.layout is not None:
             self.runs = tuple(call.runs)
             if call.state is not None:
-                call.state.groups = [_widened(group, call.cache) for group in call.state.groups]
+                call.state.groups = [widened(group, call.cache) for group in call.state.groups]
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = getattr(self._local, "call", None)
@@ -256,7 +147,7 @@ class DecoderPatch:
             return kwargs
         call.positions = self._rotary_positions(kwargs.get("position_ids"), embeds)
         last = to_device(call.layout.last_valid, embeds.device).view(-1, 1).expand(*call.positions.shape[:-1], 1)
-        call.state = _State(embeds.shape[1], call.positions.gather(-1, last))
+        call.state = PromptState(embeds.shape[1], call.positions.gather(-1, last))
         if self._sizes:
             call.sizes = torch.ones(embeds.shape[:2], device=embeds.device)
         call.entry = (embeds, call.layout) if self._asks else None
@@ -284,7 +175,7 @@ class DecoderPatch:
         if call.prefill:
             if index == 0 and kwargs.get("past_key_values") is not None:
                 call.cache = kwargs["past_key_values"]
-                setattr(call.cache, _STATE, call.state)
+                keep_state(call.cache, call.state)
             stage = self._stages.get(index) if index > 0 else None
             if stage is not None:
                 group = call.state.group_of(index)
@@ -324,17 +215,17 @@ class DecoderPatch:
         call.layout = call.layout.joined(lambda segment: stage.rule(segment).pool == "segment")
         units = call.layout.units(stage.unit_key)
         if stage.select is None:
-            choices = [_vision_choice(call.records[unit.item], unit, hidden.device) for unit in units]
+            choices = [vision_choice(call.records[unit.item], unit, hidden.device) for unit in units]
         else:
-            choices = self._select(call, stage, units, hidden, rotary)
-        call.runs.append(_report(stage, self.prompt, units, choices))
+            choices = choose(stage, units, hidden, call.sizes, self._view(call, stage, hidden, rotary))
+        call.runs.append(report(stage, self.prompt, units, choices))
         if all(choice.count == unit.length for choice, unit in zip(choices, units, strict=True)):
             return hidden, None
-        move = call.layout.shorten(_ways(call.layout, units, choices))
+        move = call.layout.shorten(ways_of(call.layout, units, choices))
         source = to_device(move.source, hidden.device)
         new_columns = dict(zip(call.layout.blocks(), move.places, strict=True))
         places = [np.concatenate([new_columns[block] for block in unit.blocks]) for unit in units]
-        for members in _equal([choice.way if isinstance(choice.way, int) else None for choice in choices]):
+        for members in equal([choice.way if isinstance(choice.way, int) else None for choice in choices]):
             # Here the host knows how many columns stay; which ones is filled in on the device.
             indices = torch.stack([choices[member].indices for member in members]).to(hidden.device)
             starts = torch.tensor([[units[member].blocks[0].start] for member in members], device=hidden.device)
@@ -357,63 +248,22 @@ class DecoderPatch:
             packed = packed * call.state.groups[-1].mask.unsqueeze(-1)
         return packed, source
 
-    def _select(
-        self,
-        call: _Call,
-        stage: Stage,
-        units: Sequence[Unit],
-        hidden: Tensor,
-        rotary: tuple[Tensor, Tensor] | None,
-    ) -> list[_Choice]:
-        """Let the method choose, for all units with equally many candidates and the same budget at once."""
-        rules = [stage.rule(unit.blocks[0]) for unit in units]
-        candidates = [_candidates(rule, unit) for rule, unit in zip(rules, units, strict=True)]
-        counts = []
-        for rule, unit, columns in zip(rules, units, candidates, strict=True):
-            items = sorted({other.item for other, its in zip(units, rules, strict=True) if its is rule})
-            counts.append(budget_for(rule.budget, len(columns), items.index(unit.item), len(items)))
-        choices = [_whole(unit, hidden.device) for unit in units]
-        keys = [
-            (len(columns), count, rule is stage) if count < len(columns) else None
-            for columns, count, rule in zip(candidates, counts, rules, strict=True)
-        ]
-        view = self._view(call, stage, hidden, rotary)
-        for members in _equal(keys):
-            columns = np.stack([units[member].columns[candidates[member]] for member in members])
-            rows = to_device(np.array([[units[member].row] for member in members]), hidden.device)
-            places = to_device(columns, hidden.device)
-            block, sizes = hidden[rows, places], None if call.sizes is None else call.sizes[rows, places]
-            inputs = None if view is None else BlockInputs(view, [units[member] for member in members], columns)
-            result = rules[members[0]].select(block, counts[members[0]], sizes=sizes, inputs=inputs)
-            if result.indices.shape[1] >= block.shape[1]:
-                continue  # with the basis appended there would be no fewer rows than before
-            adaptive = rules[members[0]].select.adaptive
-            simple = [not adaptive and _is_simple(units[member], candidates[member]) for member in members]
-            known = None if all(simple) else result.indices.cpu().numpy()
-            folded = None if sizes is None else token_sizes(result, sizes)
-            for position, member in enumerate(members):
-                tokens, indices = result.tokens[position], result.indices[position]
-                if simple[position]:
-                    choice = _Choice(len(indices), indices, tokens, np.arange(len(indices)))
-                else:
-                    real = known[position] >= 0
-                    tokens, chosen = tokens[: real.sum()], known[position][real]
-                    choice = _method_choice(tokens, chosen, units[member], candidates[member])
-                own = None if folded is None else folded[position, : len(tokens)]
-                choices[member] = replace(choice, sizes=own)
-        return choices
-
     def _view(
         self, call: _Call, stage: Stage, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None
     ) -> StageView | None:
         """What methods may ask for at a stage; None if none asks for anything."""
         if not self._asks:
             return None
-        text = self._adapter.text_model
-        before = call.taps.get(stage.layer - 1)
-        features = self._vision.features if self._vision is not None else None
-        layers = self._adapter.layers
-        return StageView(layers, text.norm, stage.layer, hidden, call.layout, rotary, before, call.entry, features)
+        return StageView(
+            self._adapter.layers, self._adapter.text_model.norm, stage.layer, hidden, call.layout, rotary,
+            call.taps.get(stage.layer - 1), call.entry, self._encoded() if stage.layer == 0 else (), call.generated,
+        )  # fmt: skip
+
+    def _encoded(self) -> list[Encoded | None]:
+        """What the tower did to the images and to the videos of the prompt."""
+        if self._encoder is not None:
+            return [self._encoder.encoded(kind) for kind in range(len(self._adapter.placeholder_ids))]
+        return [self._vision.encoded]
 
     def _open_group(self, call: _Call, stage: Stage, source: Tensor, device: torch.device) -> None:
         """Start the layer group behind a stage that dropped tokens: its mask and positions."""
@@ -434,7 +284,7 @@ class DecoderPatch:
         call.positions = kept
         mask = valid if layout.has_padding else None
         log_sizes = call.sizes.clamp(min=1, max=LARGEST).log() if self._size_bias else None
-        call.state.groups.append(_Group(stage.layer, layout.length, mask, last + 1 - layout.length, log_sizes))
+        call.state.groups.append(LayerGroup(stage.layer, layout.length, mask, last + 1 - layout.length, log_sizes))
 
     def _log_sizes(self, layer: int, keys: int) -> Tensor | None:
         """Log sizes (B, keys) in a layer of the forward in flight; generated tokens count as one."""
@@ -444,7 +294,9 @@ class DecoderPatch:
             return None
         return nn.functional.pad(group.log_sizes, (0, keys - group.log_sizes.shape[1]))
 
-    def _layer_inputs(self, call: _Call, group: _Group, hidden: Tensor) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
+    def _layer_inputs(
+        self, call: _Call, group: LayerGroup, hidden: Tensor
+    ) -> tuple[Tensor | None, tuple[Tensor, Tensor]]:
         """Attention mask and rotary embeddings of the layers of a group, in prefill or decoding."""
         if call.prefill:
             mask, positions = group.mask, call.positions
@@ -461,7 +313,7 @@ class DecoderPatch:
         )
         return mask, self._adapter.text_model.rotary_emb(hidden, positions)
 
-    def _decode_inputs(self, call: _Call, group: _Group, queries: int) -> tuple[Tensor | None, Tensor]:
+    def _decode_inputs(self, call: _Call, group: LayerGroup, queries: int) -> tuple[Tensor | None, Tensor]:
         """2-D mask (None without padding) and positions (B, q) of a step on a filled cache."""
         layer = call.cache.layers[group.first]
         past = layer.get_seq_length()
@@ -477,7 +329,9 @@ class DecoderPatch:
             ValueError: Images that cannot be found in the prompt, or that this model did not encode.
         """
         if call.items is not None:
-            return Layout(call.items.cpu().numpy()).with_lines([record.layout.lines for record in call.records or ()])
+            known = [_item(record) for record in call.records or ()]
+            segments = tuple(Segment(index, False, index, item.grid, item.crops) for index, item in enumerate(known))
+            return Layout(call.items.cpu().numpy(), segments=segments).with_lines([item.lines for item in known])
         if call.ids is None:
             if self._stages:
                 raise ValueError(
@@ -487,7 +341,7 @@ class DecoderPatch:
         kinds = torch.full_like(call.ids, -1)
         for kind, placeholder in enumerate(self._adapter.placeholder_ids):
             kinds = kinds.masked_fill(call.ids == placeholder, kind)
-        valid = _valid_columns(mask, call.cache, kinds >= 0)
+        valid = valid_columns(mask, call.cache, kinds >= 0)
         kinds, valid = torch.stack([kinds, valid.to(kinds)]).cpu().numpy()
         encoded = self._encoded_items(call)
         for kind, items in enumerate(encoded):
@@ -505,185 +359,22 @@ class DecoderPatch:
             return [self._encoder.items(kind) for kind in range(len(self._adapter.placeholder_ids))]
         if call.records is None:
             return [None]
-        return [[Item((len(record.layout.columns),), record.layout.lines) for record in call.records]]
-
-
-def _widened(group: _Group, cache: Any) -> _Group:
-    """The group as decoding on its cache needs it.
-
-    On a static cache its tensors have one shape for all prompts, and its numbers are never read: a compiled decoding
-    step serves every prompt.
-    """
-    layer = cache.layers[group.first] if cache is not None else None
-    if layer is None or not layer.is_compileable:
-        return group
-    missing = (0, layer.max_cache_len - group.length)
-    mask, sizes = group.mask, group.log_sizes
-    return replace(
-        group,
-        mask=None if mask is None else nn.functional.pad(mask, missing, value=True),
-        log_sizes=None if sizes is None else nn.functional.pad(sizes, missing),
-    )
-
-
-def forget_prompt(cache: Any) -> None:
-    """Take the state of a compressed prompt off a cache that is empty again."""
-    if getattr(cache, _STATE, None) is not None:
-        delattr(cache, _STATE)
+        return [[_item(record) for record in call.records]]
 
 
 def _layer_hook(patch: DecoderPatch, index: int):
     return lambda module, args, kwargs: patch.before_layer(index, args, kwargs)
 
 
-def _refuse_training(module: nn.Module, args: tuple, kwargs: dict) -> None:
-    if module.training:
-        raise ValueError("a patched model is for inference; call model.eval(), or apet.remove_patch(model) to train it")
-    if kwargs.get("labels") is not None:
-        raise ValueError("labels do not fit a shortened sequence; apet.remove_patch(model) before computing a loss")
-
-
-def _refuse_continuation(given: dict, tokens: Tensor, cache: Any, state: _State | None) -> None:
-    """Raise where a filled cache is continued in a way that cannot be right."""
-    if given.get("mm_encoder_outputs") or any(given.get(name) is not None for name in _PIXELS):
-        raise ValueError(
-            "a patched model compresses images in the first forward of a prompt; this cache already holds one. "
-            "Start a new cache for a conversation with new images (and leave out prefill_chunk_size)"
-        )
-    group = state.group_of(0) if state is not None else None
-    if group is None or tokens.shape[1] == 1:
-        return
-    fed = int(cache.get_seq_length()) - group.length + tokens.shape[1]
-    mask, positions = given.get("attention_mask"), given.get("position_ids")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        consistent = mask.shape[1] == state.original_length + fed
-    elif positions is not None:
-        axes = state.original_last.shape[0] if state.original_last.dim() == 3 else 1
-        rotary = positions[-axes:] if axes > 1 else positions
-        consistent = int(rotary.max()) == int(state.original_last.max()) + fed
-    else:
-        consistent = True
-    if not consistent:
-        raise ValueError(
-            "this cache holds a compressed prompt, so it is shorter than the conversation and generate() would feed "
-            "old tokens again; pass only the new input_ids with an attention_mask for the whole conversation, or start "
-            "a new cache"
-        )
-
-
-def _valid_columns(mask: Any, cache: Any, visual: Tensor) -> Tensor:
-    """(B, L) bool, False on padding, from any mask the text model can be given.
-
-    Raises:
-        ValueError: A 4-D mask that `generate` did not make.
-    """
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention")
-    if mask is None:
-        return torch.ones_like(visual)
-    if mask.dim() == 2:
-        return mask[:, : visual.shape[1]].bool()
-    if not getattr(cache, "is_compileable", False):
-        raise ValueError("a patched model takes 2-D attention masks (batch, length); it cannot shorten a 4-D one")
-    # generate() builds 4-D masks for static caches; the last query sees exactly the real tokens.
-    row = mask[:, 0, -1, : visual.shape[1]]
-    return row if row.dtype == torch.bool else row == 0
+def _item(record: ImageRecord) -> Item:
+    """An image that the projector hooks have seen."""
+    layout = record.layout
+    grid = square(layout.length) if record.is_plain else None
+    return Item((len(layout.columns),), layout.lines, grid=grid, crops=layout.crops)
 
 
 def _by_item(block: Block) -> int:
     return block.item
-
-
-def _whole(unit: Unit, device: torch.device) -> _Choice:
-    way = unit.length if len(unit.blocks) == 1 else np.arange(unit.length)
-    return _Choice(way, torch.arange(unit.length, device=device))
-
-
-def _vision_choice(record: ImageRecord, unit: Unit, device: torch.device) -> _Choice:
-    """What the projector hooks kept of an image, as columns of its block."""
-    if record.kept is None:
-        return _whole(unit, device)
-    if record.is_plain and unit.length == record.layout.length:
-        kept = record.kept[0]
-        return _Choice(len(kept), kept, sizes=None if record.sizes is None else record.sizes[kept])
-    columns = record.kept_columns()
-    columns = columns[columns < unit.length]
-    sizes = None
-    if record.sizes is not None:
-        rows = to_device(record.layout.columns[columns], device)
-        sizes = torch.where(rows < 0, 1, record.sizes[rows.clamp(min=0)])  # a newline stands for itself
-    return _Choice(columns, torch.from_numpy(columns), sizes=sizes)
-
-
-def _candidates(stage: Stage, unit: Unit) -> np.ndarray:
-    """Positions in a unit that a stage chooses from: newlines and class tokens follow others and are no candidates."""
-    if stage.window is not None:
-        return np.arange(min(stage.window, unit.length))
-    return np.arange(unit.length) if unit.lines is None else np.flatnonzero(unit.lines > -2)
-
-
-def _is_simple(unit: Unit, candidates: np.ndarray) -> bool:
-    """Whether the shortened unit is what was kept, in one place: then the host need not know which columns stay."""
-    return len(unit.blocks) == 1 and len(candidates) == unit.length
-
-
-def _method_choice(tokens: Tensor, indices: np.ndarray, unit: Unit, candidates: np.ndarray) -> _Choice:
-    """The method's decision (`indices` among the candidates) as columns of the unit."""
-    lines = unit.lines
-    chosen = candidates[indices]
-    keep = np.ones(unit.length, dtype=bool)
-    keep[candidates] = False
-    if lines is not None and len(candidates) == (lines > -2).sum():
-        alive = np.zeros_like(keep)
-        alive[chosen] = True
-        keep = follows(lines, alive)
-    if (np.diff(chosen) > 0).all():
-        keep[chosen] = True
-        columns = np.flatnonzero(keep)
-        return _Choice(columns, torch.from_numpy(columns), tokens, np.searchsorted(columns, chosen))
-    # Rows in an order of their own stay together, behind what stood in front of them.
-    others = np.flatnonzero(keep)
-    front = others[others < candidates[0]]
-    columns = np.concatenate([front, chosen, others[len(front) :]])
-    return _Choice(columns, torch.from_numpy(columns), tokens, len(front) + np.arange(len(chosen)))
-
-
-def _ways(layout: Layout, units: Sequence[Unit], choices: Sequence[_Choice]) -> list[int | np.ndarray]:
-    """What `Layout.shorten` wants: per block, in its order, the columns kept or their number."""
-    ways: dict[Block, int | np.ndarray] = {}
-    for unit, choice in zip(units, choices, strict=True):
-        for block, first in unit.parts():
-            way = choice.way
-            if len(unit.blocks) > 1:
-                way = way[(first <= way) & (way < first + block.length)] - first
-            ways[block] = way
-    return [ways[block] for block in layout.blocks()]
-
-
-def _report(stage: Stage, items: Sequence[Unit], units: Sequence[Unit], choices: Sequence[_Choice]) -> StageRun:
-    """What was kept of every image or video, whichever way the stage pooled their tokens."""
-    kept: dict[tuple[int, int], list[Tensor]] = {(item.row, item.item): [] for item in items}
-    lengths = dict.fromkeys(kept, 0)
-    for unit, choice in zip(units, choices, strict=True):
-        whole = len({block.item for block in unit.blocks}) == 1
-        for block, first in [(unit, 0)] if whole else unit.parts():
-            key, last = (unit.row, block.item), first + block.length
-            indices = choice.indices
-            if not whole:
-                indices = torch.from_numpy(choice.way[(first <= choice.way) & (choice.way < last)] - first)
-            kept[key].append(indices + lengths[key] if lengths[key] else indices)
-            lengths[key] += block.length
-    parts = [torch.cat(part) if len(part) > 1 else part[0] if part else torch.arange(0) for part in kept.values()]
-    return StageRun(stage, tuple(items), tuple(lengths.values()), tuple(parts))
-
-
-def _equal(keys: Sequence[Any]) -> list[list[int]]:
-    """Indices of equal keys, so that each group is one batch; None belongs to no group."""
-    groups: dict[Any, list[int]] = {}
-    for index, key in enumerate(keys):
-        if key is not None:
-            groups.setdefault(key, []).append(index)
-    return list(groups.values())
 
 
 def _take(hidden: Tensor, source: Tensor) -> Tensor:

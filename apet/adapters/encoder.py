@@ -11,8 +11,12 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from apet.adapters.base import Adapter, InstanceAttribute, Removable
+from apet.adapters.inputs import Encoded
 from apet.adapters.layout import Item
+from apet.adapters.tower_log import TowerTap
 
 _METHODS = ("get_image_features", "get_video_features")
 
@@ -23,19 +27,26 @@ class EncoderLog:
     Args:
         adapter: The family.
         per_frame: Videos are compressed frame by frame, so the borders of the frames are needed.
+        taps: Notes of the towers of images and of videos, where the method asks for what happened in them.
     """
 
-    def __init__(self, adapter: Adapter, per_frame: bool) -> None:
-        self._adapter, self._per_frame = adapter, per_frame
+    def __init__(self, adapter: Adapter, per_frame: bool, taps: Sequence[TowerTap] = ()) -> None:
+        self._adapter, self._per_frame, self._taps = adapter, per_frame, taps
         self._local = threading.local()
 
     def attach(self) -> list[Removable]:
         """Wrap the encoder methods of the base model; returns the handles."""
-        return [self._wrap(kind) for kind in range(len(self._adapter.placeholder_ids))]
+        notes = [handle for tap in self._taps for handle in tap.attach()]
+        return [*notes, *(self._wrap(kind) for kind in range(len(self._adapter.placeholder_ids)))]
 
     def items(self, kind: int) -> Sequence[Item] | None:
         """The images (kind 0) or videos (1) encoded last in this thread; None before the first."""
         return getattr(self._local, "items", {}).get(kind)
+
+    def encoded(self, kind: int) -> Encoded | None:
+        """What the tower did to them, where that is noted."""
+        call = getattr(self._local, "calls", {}).get(kind)
+        return None if call is None else Encoded(call, _rows)
 
     def _wrap(self, kind: int) -> Removable:
         base = self._adapter.base_model
@@ -58,7 +69,15 @@ class EncoderLog:
             finally:
                 self._local.busy = False
             self._local.items = getattr(self._local, "items", {}) | {kind: items}
+            if self._taps:
+                call = self._taps[kind].take(*output.pooler_output.shape[:2])
+                self._local.calls = getattr(self._local, "calls", {}) | {kind: call}
             return output
 
         setattr(base, _METHODS[kind], logged)
         return InstanceAttribute(base, _METHODS[kind])
+
+
+def _rows(number: int, length: int) -> np.ndarray:
+    """Rows of an image or video whose tokens are all the rows of its crops; all of a kind are equally long."""
+    return np.arange(number * length, (number + 1) * length)

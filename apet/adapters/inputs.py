@@ -1,10 +1,10 @@
 """What methods may ask for beside the tokens (`apet.methods.context.StageInputs`), read off the running model.
 
-Nothing is kept or computed unless the configured method declared it: the towers' and decoder layers' inputs are
-remembered by reference, and rows of attention are made from queries and keys when they are asked for.
+Nothing is kept or computed unless the configured method declared it: inputs of layers are remembered by reference, and
+rows of attention are made from queries and keys when they are asked for.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,57 +13,7 @@ from torch import Tensor, nn
 
 from apet.adapters.layout import TEXT, Layout, Unit, to_device
 from apet.adapters.probe import Projected, project
-
-DECODER_INPUTS = frozenset(
-    {
-        "text_embeddings",
-        "image_embeddings",
-        "text_hidden",
-        "attention_row",
-        "text_attention",
-        "keys",
-        "text_keys",
-        "final_norm",
-    }
-)
-TOWER_INPUTS = frozenset({"cls_attention", "vision_keys", "vision_features"})
-
-
-class TowerTap:
-    """Remembers what entered some layers of a vision tower in the last call of a thread.
-
-    Args:
-        tower: The vision model, with `encoder.layers` and a class token in front of the patches.
-        layers: Layers as `attentions[layer]` counts them.
-    """
-
-    def __init__(self, tower: nn.Module, layers: Collection[int], local: object) -> None:
-        self._layers = tower.encoder.layers
-        self._wanted, self._local = sorted({layer % len(self._layers) for layer in layers}), local
-
-    def attach(self) -> list:
-        """Register the hooks; returns their handles. A layer that is skipped still says what entered it."""
-        return [
-            self._layers[index].register_forward_pre_hook(self._remember(index), with_kwargs=True)
-            for index in self._wanted
-        ]
-
-    def projected(self, layer: int) -> Projected:
-        """Queries and keys (C, heads, 1 + N, d) of a layer for all crops of the last call."""
-        index = layer % len(self._layers)
-        module = self._layers[index]
-        return project(module.self_attn, module.layer_norm1(self._inputs()[index]), attention_mask=None)
-
-    def _inputs(self) -> dict[int, Tensor]:
-        if not hasattr(self._local, "tower_inputs"):
-            self._local.tower_inputs = {}
-        return self._local.tower_inputs
-
-    def _remember(self, index: int):
-        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            self._inputs()[index] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
+from apet.adapters.tower_log import TowerCall
 
 
 @dataclass(frozen=True)
@@ -71,35 +21,37 @@ class CropInputs:
     """`StageInputs` of a group of crops at the vision stage.
 
     Attributes:
-        tap: The tower; None where no layer of it was asked for.
-        features: (C, N, D) what enters the projector, for all crops.
+        call: What the tower did.
         rows: (G, 1) crops of the group.
         places: (G, n) their rows that take part.
     """
 
-    tap: TowerTap | None
-    features: Tensor
+    call: TowerCall
     rows: Tensor
     places: Tensor
 
     def cls_attention(self, layer: int) -> Tensor:
-        projected = self.tap.projected(layer)
-        crops = torch.arange(len(projected.queries), device=projected.queries.device).unsqueeze(-1)
-        attention = projected.scores(crops, torch.zeros_like(crops)).softmax(-1)[:, :, 0, 1:]
-        return self._of_group(attention.transpose(1, 2)).transpose(1, 2)
+        return self.call.attention(layer)[self.rows, self.places].transpose(1, 2)
 
     def vision_keys(self, layer: int) -> Tensor:
-        keys = self.tap.projected(layer).keys[:, :, 1:]
-        return self._of_group(keys.transpose(1, 2)).transpose(1, 2)
+        return self.call.keys(layer)[self.rows, self.places].transpose(1, 2)
 
     def vision_features(self) -> Tensor:
-        return self._of_group(self.features)
+        return self.call.features[self.rows, self.places]
 
-    def _of_group(self, values: Tensor) -> Tensor:
-        """Values (C, N, ...) of the group's rows (G, n, ...)."""
-        if values.shape[1] != self.features.shape[1]:
-            raise NotImplementedError("the features hold the class token too (vision_feature_select_strategy 'full')")
-        return values[self.rows, self.places]
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the tower did to the images (or videos) of a prompt, for tokens that are chosen from behind the projector.
+
+    Attributes:
+        call: What the tower did.
+        rows: Given the number of an image and how many tokens it has, the rows of its tokens in prompt order, counted
+            through all crops; -1 for newlines.
+    """
+
+    call: TowerCall
+    rows: Callable[[int, int], np.ndarray]
 
 
 @dataclass
@@ -115,7 +67,8 @@ class StageView:
         embeddings: Rotary embeddings of the columns.
         before: Input and rotary embeddings of the layer before, if it was asked for; its columns are the same.
         entry: (B, L0, D) what entered layer 0, and its layout.
-        features: Features that entered the projector, one block per image, where the vision stage runs behind it.
+        encoded: What the tower did, per kind of item: images, then videos.
+        generated: Columns at the end that are no part of the prompt: without a cache, tokens generated before.
     """
 
     layers: nn.ModuleList
@@ -126,7 +79,8 @@ class StageView:
     embeddings: tuple[Tensor, Tensor] | None
     before: tuple[Tensor, tuple[Tensor, Tensor]] | None
     entry: tuple[Tensor, Layout]
-    features: Tensor | None = None
+    encoded: Sequence[Encoded | None] = ()
+    generated: int = 0
     _projected: dict[int, Projected] = field(default_factory=dict)
 
     def projected(self, layer: int) -> Projected:
@@ -140,8 +94,14 @@ class StageView:
             )
         return self._projected[layer]
 
+    def input_length(self, needs: Collection[str], unit: Unit) -> int | None:
+        """Length of a unit's inputs where it can differ between units of equal length."""
+        if "image_embeddings" not in needs:
+            return None
+        return len(block_columns(self.entry[1], unit))
+
     def attention(self, layer: int, rows: Tensor, columns: Tensor) -> Tensor:
-        """Causal attention (G, heads, Q, L) float32 of the queries at `columns` (G, Q) of `rows` (G, 1)."""
+        """Causal attention (G, heads, Q, L) of the queries at `columns` (G, Q) of `rows` (G, 1)."""
         every = torch.arange(self.layout.length, device=columns.device)
         valid = to_device(self.layout.valid, columns.device)[rows]
         seen = (valid & (every <= columns.unsqueeze(-1))).unsqueeze(1)
@@ -161,6 +121,7 @@ class BlockInputs:
     def __init__(self, view: StageView, units: Sequence[Unit], columns: np.ndarray) -> None:
         self._view, self._units, self._device = view, units, view.hidden.device
         self._rows = to_device(np.array([[unit.row] for unit in units]), self._device)
+        self._host_columns = columns
         self._columns = to_device(columns, self._device)
 
     def text_embeddings(self) -> tuple[Tensor, Tensor]:
@@ -170,16 +131,15 @@ class BlockInputs:
 
     def image_embeddings(self) -> Tensor:
         embeds, layout = self._view.entry
-        columns = [self._block_columns(layout, unit) for unit in self._units]
-        if len({len(one) for one in columns}) > 1:
-            raise NotImplementedError("images of one batch entered the decoder with different numbers of tokens")
-        return embeds[self._rows, to_device(np.stack(columns), self._device)]
+        columns = np.stack([block_columns(layout, unit) for unit in self._units])
+        return embeds[self._rows, to_device(columns, self._device)]
 
     def text_hidden(self) -> Tensor:
         return self._view.hidden[self._rows, self._text(self._view.layout)[0]]
 
     def attention_row(self, layer: int) -> Tensor:
-        last = to_device(self._view.layout.last_valid, self._device)[self._rows]
+        layout, generated = self._view.layout, self._view.generated
+        last = to_device(layout.last_valid - generated, self._device)[self._rows]
         return self._attention(layer, last)[:, :, 0]
 
     def text_attention(self, layer: int) -> Tensor:
@@ -194,8 +154,33 @@ class BlockInputs:
     def final_norm(self, hidden: Tensor) -> Tensor:
         return self._view.norm(hidden.to(self._view.hidden.dtype))
 
+    def cls_attention(self, layer: int) -> Tensor:
+        return self._of_tower(lambda call: call.attention(layer)).transpose(1, 2)
+
+    def vision_keys(self, layer: int) -> Tensor:
+        return self._of_tower(lambda call: call.keys(layer)).transpose(1, 2)
+
     def vision_features(self) -> Tensor:
-        return self._view.features[torch.tensor([unit.item for unit in self._units], device=self._device)]
+        return self._of_tower(lambda call: call.features)
+
+    def _of_tower(self, values: Callable[[TowerCall], Tensor]) -> Tensor:
+        """Values (G, n, ...) of the block's tokens, given those (C, N, ...) of a call."""
+        blocks = []
+        for number, unit in enumerate(self._units):
+            parts = self._tower_rows(unit, self._host_columns[number])
+            found = [values(call).flatten(0, 1)[to_device(rows, self._device)] for call, rows in parts]
+            blocks.append(torch.cat(found))
+        return torch.stack(blocks)
+
+    def _tower_rows(self, unit: Unit, columns: np.ndarray) -> Iterator[tuple[TowerCall, np.ndarray]]:
+        """Image by image, the rows of a call that a unit's columns show. Nothing has been dropped from them yet."""
+        layout = self._view.layout
+        for item in dict.fromkeys(block.item for block in unit.blocks):
+            blocks = [block for block in layout.blocks() if block.row == unit.row and block.item == item]
+            places = np.concatenate([np.arange(block.start, block.start + block.length) for block in blocks])
+            encoded = self._view.encoded[int(blocks[0].video)]
+            rows = encoded.rows(blocks[0].origin.number, len(places))
+            yield encoded.call, rows[np.searchsorted(places, columns[np.isin(columns, places)])]
 
     def _attention(self, layer: int, queries: Tensor) -> Tensor:
         """(G, heads, Q, n) attention of the columns `queries` (G, Q) to the block's tokens."""
@@ -211,8 +196,8 @@ class BlockInputs:
         """Columns (G, T) of the text behind every image, or of all text where none follows, and their mask."""
         found = []
         for unit in self._units:
-            text = np.flatnonzero(layout.items[unit.row] == TEXT)
-            images = self._block_columns(layout, unit)
+            text = np.flatnonzero(layout.items[unit.row, : layout.length - self._view.generated] == TEXT)
+            images = block_columns(layout, unit)
             behind = text[text > images.max()] if len(images) else text
             found.append(behind if len(behind) else text)
         width = max(map(len, found))
@@ -222,13 +207,14 @@ class BlockInputs:
             columns[number, : len(one)], mask[number, : len(one)] = one, True
         return to_device(columns, self._device), to_device(mask, self._device)
 
-    @staticmethod
-    def _block_columns(layout: Layout, unit: Unit) -> np.ndarray:
-        """Columns of a unit's images in a layout with other columns."""
-        items = {block.item for block in unit.blocks}
-        wanted = [
-            np.arange(block.start, block.start + block.length)
-            for block in layout.blocks()
-            if block.row == unit.row and block.item in items
-        ]
-        return np.concatenate(wanted) if wanted else np.empty(0, dtype=np.int64)
+
+def block_columns(layout: Layout, unit: Unit) -> np.ndarray:
+    """Columns of a unit's images in a layout with other columns, newlines left out."""
+    items = {block.item for block in unit.blocks}
+    wanted = [
+        np.arange(block.start, block.start + block.length)
+        for block in layout.blocks()
+        if block.row == unit.row and block.item in items
+    ]
+    columns = np.concatenate(wanted) if wanted else np.empty(0, dtype=np.int64)
+    return columns if layout.lines is None else columns[layout.lines[unit.row, columns] > -2]

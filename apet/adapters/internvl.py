@@ -13,3 +13,4 @@ class InternVL(Adapter):
     proof = ("tests/test_patch_families.py",)
     runs_are_items = True
     single_crop = False
+    no_class_token = "a token is made of four patches of the vision tower"

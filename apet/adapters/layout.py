@@ -4,6 +4,7 @@ Kept on the host: counts and block boundaries are needed to know tensor shapes, 
 synchronisation. Which tokens survive stays on the device.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,19 +25,34 @@ class Item:
         segments: Tokens of its parts in prompt order: one part, or the frames of a video, or the tiles of an image.
         lines: Roles of all its columns as `Layout.lines` codes them; None without newline or class tokens.
         video: Whether it is a video.
+        grid: (rows, columns) of every segment's tokens, newlines and class tokens left out, where they are a raster.
+        crops: Crops it was encoded as.
     """
 
     segments: tuple[int, ...]
     lines: np.ndarray | None = None
     video: bool = False
+    grid: tuple[int, int] | None = None
+    crops: int = 1
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A numbered part of an image or video: which one it belongs to, and whether that is a video."""
+    """A numbered part of an image or video.
+
+    Attributes:
+        item: Which one of the prompt it belongs to.
+        video: Whether that is a video.
+        number: Which one of the images (or videos) that were encoded.
+        grid: As in `Item`.
+        crops: As in `Item`.
+    """
 
     item: int
     video: bool = False
+    number: int = 0
+    grid: tuple[int, int] | None = None
+    crops: int = 1
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,7 @@ class Block:
         item: Index of the image or video among those of the call, in prompt order.
         video: Whether it is a video.
         segment: Number of the part.
+        origin: The part.
     """
 
     row: int
@@ -58,6 +75,7 @@ class Block:
     item: int
     video: bool = False
     segment: int = 0
+    origin: Segment = Segment(0)
 
 
 @dataclass(frozen=True)
@@ -144,8 +162,9 @@ class Layout:
             for start, end in zip([0, *edges], [*edges, len(items)], strict=True):
                 if start < end and items[start] >= 0:
                     number = int(items[start])
-                    segment = Segment(number) if self.segments is None else self.segments[number]
-                    found.append(Block(row, int(start), int(end - start), segment.item, segment.video, number))
+                    segment = Segment(number, number=number) if self.segments is None else self.segments[number]
+                    length = int(end - start)
+                    found.append(Block(row, int(start), length, segment.item, segment.video, number, segment))
         return found
 
     def joined(self, parted: Callable[[Segment], bool]) -> "Layout":
@@ -243,6 +262,12 @@ class Move:
     places: tuple[np.ndarray, ...]
 
 
+def square(n: int) -> tuple[int, int] | None:
+    """Grid of `n` tokens that fill a square; None if they do not."""
+    side = math.isqrt(n)
+    return (side, side) if side * side == n else None
+
+
 def follows(lines: np.ndarray | None, keep: np.ndarray) -> np.ndarray:
     """(T,) bool: newlines that stay because a kept token of their line does."""
     if lines is None:
@@ -306,7 +331,7 @@ def layout_from_ids(
                 elif (kind, number) not in owners:
                     owners[kind, number], count = count, count + 1
                 numbers[kind, part] = len(segments)
-                segments.append(Segment(owners[kind, number], item.video))
+                segments.append(Segment(owners[kind, number], item.video, number, item.grid, item.crops))
             roles[row, place] = numbers[kind, part]
             if item.lines is not None:
                 lines[row, place] = item.lines[first : first + size]

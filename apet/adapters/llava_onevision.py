@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
 from apet.adapters.base import Adapter, register
-from apet.adapters.layout import NEWLINE, Item
+from apet.adapters.layout import NEWLINE, Item, square
 from apet.adapters.vision import ImageLayout
 
 
@@ -40,7 +40,8 @@ class LlavaOnevision(Adapter):
                 [torch.zeros(crops, rows, 1)], [size], image_newline=torch.ones(1), vision_aspect_ratio=ratio
             )
             columns = np.where(marks.flatten().numpy() == 1, NEWLINE, np.arange(len(marks)))
-            items.append(Item((len(one),), ImageLayout(crops, rows, columns).lines))
+            grid = square(rows) if crops == 1 else None
+            items.append(Item((len(one),), ImageLayout(crops, rows, columns).lines, grid=grid))
         return items
 
     def video_items(self, features: Sequence[Tensor], given: Mapping[str, Any], per_frame: bool) -> list[Item]:
@@ -52,4 +53,4 @@ class LlavaOnevision(Adapter):
         lines = np.zeros(frames * size + 1, dtype=np.int64)
         lines[-1] = -2
         segments = (size,) * (frames - 1) + (size + 1,) if per_frame else (len(lines),)
-        return [Item(segments, lines, True)] * len(features)
+        return [Item(segments, lines, True, square(size))] * len(features)

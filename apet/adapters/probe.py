@@ -29,11 +29,18 @@ class Projected(NamedTuple):
     scale: float
 
     def scores(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Scaled products (G, heads, Q, L) float32 of the queries at `columns` (G, Q) of rows (G, 1) with all keys."""
+        """Scaled products (G, heads, Q, L) of the queries at `columns` (G, Q) of rows (G, 1) with all keys.
+
+        In float32, or float64 for a float64 model.
+        """
         heads = self.queries.shape[1]
-        queries = self.queries.transpose(1, 2)[rows, columns].transpose(1, 2).float() * self.scale
-        keys = self.keys[rows.flatten()].float().repeat_interleave(heads // self.keys.shape[1], 1)
+        queries = _wide(self.queries.transpose(1, 2)[rows, columns].transpose(1, 2)) * self.scale
+        keys = _wide(self.keys[rows.flatten()]).repeat_interleave(heads // self.keys.shape[1], 1)
         return queries @ keys.transpose(2, 3)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
 
 
 class _Taken(Exception):

@@ -20,10 +20,24 @@ class Qwen2VL(Adapter):
     proof = ("tests/test_patch_families.py",)
     position_axes = 3
 
+    def image_items(self, features: Sequence[Tensor], given: Mapping[str, Any]) -> list[Item]:
+        """One raster of merged patches each."""
+        grids = self._grids(given["image_grid_thw"])
+        return [Item((len(one),), grid=grid) for one, grid in zip(features, grids, strict=True)]
+
     def video_items(self, features: Sequence[Tensor], given: Mapping[str, Any], per_frame: bool) -> list[Item]:
         """Frames are the steps of the video's grid in time."""
         steps = given["video_grid_thw"][:, 0].tolist() if per_frame else [1] * len(features)
-        return [Item((len(one) // step,) * step, video=True) for one, step in zip(features, steps, strict=True)]
+        grids = self._grids(given["video_grid_thw"])
+        return [
+            Item((len(one) // step,) * step, video=True, grid=grid)
+            for one, step, grid in zip(features, steps, grids, strict=True)
+        ]
+
+    def _grids(self, patches: Tensor) -> list[tuple[int, int]]:
+        """Rows and columns of the tokens of pictures whose patches are counted (time, rows, columns)."""
+        merged = self.model.config.vision_config.spatial_merge_size
+        return [(rows // merged, columns // merged) for _, rows, columns in patches.tolist()]
 
 
 @register

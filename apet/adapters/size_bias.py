@@ -5,9 +5,11 @@ keys the logarithm, so their product adds it (log-size calibration after RESTORE
 2606.31982). Heads are filled up with zeros to a multiple of eight, which the kernels like.
 """
 
+import copy
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,9 +22,22 @@ from apet.adapters.base import Adapter, InstanceAttribute, Removable
 
 # Sizes above it count as this much: a background of hundreds of tokens must not drown the rest.
 LARGEST = 16
-_PREFIX, _SOURCE = "apet_log_size_", "apet_log_sizes"
+_PREFIX, _SOURCE = "apet_log_size_", "apet_size_source"
 
 LogSizes = Callable[[int, int], Tensor | None]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What the attention function of a layer needs.
+
+    Attributes:
+        log_sizes: As in `SizeBias`.
+        plain: The attention module with the configuration it had: FlashAttention reads there which kernels to load.
+    """
+
+    log_sizes: LogSizes
+    plain: nn.Module
 
 
 class SizeBias:
@@ -43,11 +58,13 @@ class SizeBias:
         name = _PREFIX + self._before
         AttentionInterface.register(name, functools.partial(_attend, self._before))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[self._before])
-        self._config._attn_implementation = name
         handles: list[Removable] = [self]
         for layer in self._adapter.layers:
-            setattr(layer.self_attn, _SOURCE, self._log_sizes)
+            plain = copy.copy(layer.self_attn)  # shares the weights
+            plain.config = copy.copy(plain.config)
+            setattr(layer.self_attn, _SOURCE, _Source(self._log_sizes, plain))
             handles.append(InstanceAttribute(layer.self_attn, _SOURCE))
+        self._config._attn_implementation = name
         return handles
 
     def remove(self) -> None:
@@ -61,7 +78,8 @@ def _attend(
     """The attention function `base`, with the bias where the layer has one."""
     eager = sys.modules[type(module).__module__].eager_attention_forward if base == "eager" else None
     attend = eager or ALL_ATTENTION_FUNCTIONS[base]
-    bias = getattr(module, _SOURCE)(module.layer_idx, key.shape[2])
+    source: _Source = getattr(module, _SOURCE)
+    module, bias = source.plain, source.log_sizes(module.layer_idx, key.shape[2])
     if bias is None:
         return attend(module, query, key, value, mask, *args, **kwargs)
     dim = query.shape[-1]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import CompileConfig
 from transformers.cache_utils import Cache, StaticLayer
 
-from apet.adapters.decoder import forget_prompt
+from apet.adapters.prompt_state import forget_prompt
 
 _GRID = 128  # buffers end at multiples of this
 

@@ -20,10 +20,11 @@ class TowerDepth:
 
     Args:
         tower: The vision model: gets `output_hidden_states` as a keyword. One without `encoder.layers` is left alone.
+        least: Layers that run in any case.
     """
 
-    def __init__(self, tower: nn.Module) -> None:
-        self._tower = tower
+    def __init__(self, tower: nn.Module, least: int = 0) -> None:
+        self._tower, self._least = tower, least
         self._layers = getattr(getattr(tower, "encoder", None), "layers", ())
         self._local = threading.local()
 
@@ -42,7 +43,7 @@ class TowerDepth:
         count = len(self._layers)
         if type(states) is not int or states == 0:  # a list counts differently before transformers 5.23
             return count
-        return states if states > 0 else count + 1 + states
+        return max(self._least, states if states > 0 else count + 1 + states)
 
     def _until(self, index: int, forward: Any) -> Any:
         def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:

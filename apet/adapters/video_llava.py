@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from apet.adapters.base import Adapter, register
-from apet.adapters.layout import Item
+from apet.adapters.layout import Item, square
 
 _CLASS_TOKEN = -2
 
@@ -27,18 +27,25 @@ class VideoLlava(Adapter):
         """One for images, one for the frames of videos."""
         return [self.base_model.image_tower, self.base_model.video_tower]
 
+    @property
+    def row_projector(self) -> nn.Module:
+        """The projector of images and frames."""
+        return self.base_model.multi_modal_projector
+
     def image_items(self, features: Sequence[Tensor], given: Mapping[str, Any]) -> list[Item]:
         """With the strategy "full" images have a class token too."""
         strategy = given.get("vision_feature_select_strategy") or self.model.config.vision_feature_select_strategy
         lines = _frame_lines(1, features.shape[1]) if strategy == "full" else None
-        return [Item((len(one),), lines) for one in features]
+        grid = square(features.shape[1] - (lines is not None))
+        return [Item((len(one),), lines, grid=grid) for one in features]
 
     def video_items(self, features: Sequence[Tensor], given: Mapping[str, Any], per_frame: bool) -> list[Item]:
         """Frames are the rows of the features, those of one video after those of the other."""
         frames = given["pixel_values_videos"].shape[1]
         length = features.shape[1]
         segments = (length,) * frames if per_frame else (length * frames,)
-        return [Item(segments, _frame_lines(frames, length), True)] * (len(features) // frames)
+        item = Item(segments, _frame_lines(frames, length), True, square(length - 1))
+        return [item] * (len(features) // frames)
 
 
 def _frame_lines(frames: int, length: int) -> np.ndarray:

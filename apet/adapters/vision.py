@@ -5,7 +5,6 @@ arranges the crops as it always does (tiles, unpadding, newlines) and its count 
 then drops the columns of the zero rows (`adapters.decoder`), which it finds through the record kept here.
 """
 
-import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apet.adapters.inputs import CropInputs, TowerTap
-from apet.adapters.layout import NEWLINE, follows, to_device
+from apet.adapters.inputs import CropInputs, Encoded
+from apet.adapters.layout import NEWLINE, follows, square, to_device
+from apet.adapters.tower_log import TowerTap
 from apet.core.types import CompressedTokens, token_sizes
 
 Budget = int | float | Sequence[int] | None
@@ -31,12 +31,14 @@ class Select(Protocol):
         adaptive: Whether a block may get fewer rows than asked for; missing ones have index -1 and stand last.
         needs: Inputs the method asks for, by name, with their layers.
         reads_sizes: Whether it weighs rows with the tokens folded into them.
+        size_bias: Whether sizes go into the decoder's attention.
     """
 
     features: str
     adaptive: bool
     needs: Mapping[str, tuple[int, ...]]
     reads_sizes: bool
+    size_bias: bool
 
     def __call__(
         self,
@@ -157,36 +159,32 @@ class VisionStage:
     Args:
         projector: Maps rows (C, N, D) one by one.
         budget: Tokens per crop, or per image with `per_image`; None only records what is encoded.
-        select: The method.
+        select: The method; None where it chooses behind the projector.
         per_image: The budget is the image's and is split over its crops by error mass.
         published: Padding takes budget like real patches, as in the published code.
-        tower: The vision tower, where the method asks for inputs of its layers.
+        tap: Notes of the tower, where the method asks for what happened in it.
         keep_sizes: Record how many image tokens stand behind every kept row.
-        keep_features: Remember what entered the projector.
     """
 
     def __init__(
         self,
         projector: nn.Module,
         budget: Budget,
-        select: Select,
+        select: Select | None,
         per_image: bool = False,
         published: bool = False,
-        tower: nn.Module | None = None,
+        tap: TowerTap | None = None,
         keep_sizes: bool = False,
-        keep_features: bool = False,
     ) -> None:
         self._projector = projector
         self._budget, self._select = budget, select
         self._per_image, self._published = per_image, published
-        self._keep_sizes, self._keep_features = keep_sizes, keep_features
+        self._tap, self._keep_sizes = tap, keep_sizes
         self._local = threading.local()
-        layers = {layer for layers in select.needs.values() for layer in layers} if select is not None else set()
-        self._tap = TowerTap(tower, layers, self._local) if layers and tower is not None else None
 
     def attach(self) -> list:
         """Register the hooks; returns their handles."""
-        handles = self._tap.attach() if self._tap is not None else []
+        handles = [] if self._tap is None else self._tap.attach()
         return [
             *handles,
             self._projector.register_forward_pre_hook(self._before),
@@ -194,9 +192,10 @@ class VisionStage:
         ]
 
     @property
-    def features(self) -> Tensor | None:
-        """What entered the projector last in this thread, where it is remembered."""
-        return getattr(self._local, "features", None)
+    def encoded(self) -> Encoded | None:
+        """What the tower did in the last call in this thread, for a stage behind the projector."""
+        call = getattr(self._local, "call", None)
+        return None if call is None else Encoded(call, self._rows)
 
     @property
     def records(self) -> tuple[ImageRecord, ...] | None:
@@ -222,10 +221,9 @@ class VisionStage:
                 "image_sizes and pixel values do not belong together"
             )
         shown = np.concatenate([layout.shown for layout in layouts])
+        self._local.call = None if self._tap is None else self._tap.take(crops, length, features)
         counts = self._counts(features, layouts, shown)
         self._local.rows = self._local.delayed = None
-        asks = self._select is not None and self._select.needs
-        self._local.features = features if asks or self._keep_features else None
         if all(count is None for count in counts):
             self._local.records = tuple(ImageRecord(layout, None) for layout in layouts)
             return args
@@ -238,6 +236,8 @@ class VisionStage:
         """Put the projected rows back in their places, zeros between them."""
         if self._local.delayed is not None:
             output = self._compress(output, *self._local.delayed)
+        if self._select is not None:
+            self._local.call = None
         kept = self._local.rows
         if kept is None:
             return output
@@ -283,7 +283,14 @@ class VisionStage:
 
     def _inputs(self, rows: Tensor, places: Tensor) -> CropInputs | None:
         """What the method may ask for about a group of crops."""
-        return CropInputs(self._tap, self._local.features, rows, places) if self._select.needs else None
+        return None if self._local.call is None else CropInputs(self._local.call, rows, places)
+
+    def _rows(self, number: int, length: int) -> np.ndarray:
+        """Rows, counted through all crops, that the columns of an image show; -1 for newlines."""
+        layouts = [record.layout for record in self.records]
+        columns = layouts[number].columns[:length]
+        first = sum(layout.crops for layout in layouts[:number]) * layouts[number].length
+        return np.where(columns == NEWLINE, NEWLINE, columns + first)
 
     def _compress(
         self, features: Tensor, counts: Sequence[int | None], layouts: Sequence[ImageLayout], shown: np.ndarray
@@ -301,7 +308,7 @@ class VisionStage:
             block = features[rows, places]
             rows_kept = [count] * len(members)
             if count < places.shape[1]:
-                grid = _grid(places.shape[1], features.shape[1])
+                grid = square(places.shape[1]) if places.shape[1] == features.shape[1] else None
                 result = self._select(block, count, grid=grid, inputs=self._inputs(rows, places))
                 block, places = result.tokens, places.gather(1, result.indices.clamp(min=0))
                 if self._select.adaptive:
@@ -324,12 +331,6 @@ class VisionStage:
             for layout, start in zip(layouts, first[:-1], strict=True)
         )
         return kept_rows
-
-
-def _grid(rows: int, length: int) -> tuple[int, int] | None:
-    """(rows, columns) of a crop whose patches all take part; None for a part of one, or one with a CLS row."""
-    side = math.isqrt(rows)
-    return (side, side) if rows == length and side * side == rows else None
 
 
 def _equal_crops(real: np.ndarray, counts: Sequence[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -7,6 +7,8 @@ tie.
 import torch
 from torch import Tensor
 
+_TIE = 1e-6
+
 
 def column_of(matrix: Tensor, pick: Tensor) -> Tensor:
     """Column (B, R) at `pick` (B,) of every matrix (B, R, N)."""
@@ -44,7 +46,10 @@ def greedy_coverage(matrix: Tensor, k: int, weight: Tensor | None = None) -> Ten
     for _ in range(k):
         gain = (matrix - covered.unsqueeze(-1)).clamp(min=0).sum(1)
         gain = gain if weight is None else gain * weight
-        pick = gain.masked_fill(taken, -torch.inf).argmax(-1)
+        gain = gain.masked_fill(taken, -torch.inf)
+        # Two tokens that gain from each other alone gain the same, up to rounding: the lower position wins.
+        best = gain.amax(-1, keepdim=True)
+        pick = (gain >= best - _TIE * best.abs()).long().argmax(-1)
         taken = taken.scatter(1, pick.unsqueeze(1), True)
         covered = torch.maximum(covered, column_of(matrix, pick))
         picks.append(pick)

@@ -10,11 +10,12 @@ like ApET. Each part can be switched off:
 - `quota`: a guaranteed share of the budget for 4 x 4 windows, in proportion to their error mass.
 - `merge`, `similarity_floor`, `size_weighted`: every dropped token joins its most similar kept token, of which all
   are targets, unless it resembles none; rows are means weighted by the image tokens behind each.
+- `size_bias`: the logarithm of a row's size on its attention logits.
 - `error_target`: fewer tokens where an image needs fewer. The result keeps its shape: rows beyond an image's count
   are zero with index -1 and stand last.
 - `text`: weight on the question's relevance, off by default.
 
-Rows are in raster order. `ApetConfig.size_bias` makes a row count for as many tokens as it stands for.
+Rows are in raster order.
 """
 
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class ApetPlus(Method):
         merge: Merge dropped tokens; False drops them.
         similarity_floor: Dropped tokens less similar to every kept one are not merged; None merges all.
         size_weighted: Weight means with the sizes left by earlier stages.
+        size_bias: Let rows count for as many tokens as they stand for in the decoder (`ApetConfig.size_bias`).
         error_target: Share of the energy that may remain unexplained; None spends the whole budget.
         min_keep: Fewest tokens with `error_target`.
         text: Exponent of the relevance to the text; 0 is off and needs no text.
@@ -79,6 +81,7 @@ class ApetPlus(Method):
     merge: bool = True
     similarity_floor: float | None = 0.5
     size_weighted: bool = True
+    size_bias: bool = False
     error_target: float | None = None
     min_keep: int = 1
     text: float = 0.0

@@ -33,6 +33,8 @@ class Method:
         stages: Stages at which the method can run.
         features: Where its vision stage reads tokens: "pre_projector" or "post_projector".
         reads_sizes: Whether it weighs rows with the tokens that earlier stages folded into them.
+        size_bias: Whether its rows want to count for as many tokens as they stand for, as `ApetConfig.size_bias` asks
+            of any method.
     """
 
     name: ClassVar[str]
@@ -42,6 +44,7 @@ class Method:
     stages: ClassVar[tuple[str, ...]] = ("vision", "llm")
     features: ClassVar[str] = "pre_projector"
     reads_sizes: ClassVar[bool] = False
+    size_bias: ClassVar[bool] = False
 
     needs_cls_attention: ClassVar[tuple[int, ...]] = ()
     needs_vision_keys: ClassVar[tuple[int, ...]] = ()
@@ -150,6 +153,11 @@ class Selector:
     def reads_sizes(self) -> bool:
         """Whether the method wants `sizes`."""
         return self.method.reads_sizes
+
+    @property
+    def size_bias(self) -> bool:
+        """Whether sizes go into the decoder's attention, by the method's wish or the configuration's."""
+        return self.method.size_bias or self.context.config.size_bias
 
     @property
     def adaptive(self) -> bool:

@@ -32,10 +32,10 @@ class StageInputs(Protocol):
     """What the model side can hand to a method, for the B blocks of one call; every function is asked when needed.
 
     Vision layers index the tower's blocks as `attentions[layer]` does (-2: the last but one). Decoder layers are
-    0-based and absolute. Attention is softmax-normalised in float32. "Text" is the text behind the block's image in
-    its sample (the question), or all of the prompt's text where none follows; T is padded to the longest and the mask
-    of `text_embeddings` holds for every text input. What a model does not have is a missing function, or one that
-    raises NotImplementedError with the reason.
+    0-based and absolute. Attention is softmax-normalised in float32 (float64 for a float64 model). "Text" is the text
+    behind the block's image in its sample (the question), or all of the prompt's text where none follows; T is padded
+    to the longest and the mask of `text_embeddings` holds for every text input. What a model does not have is a missing
+    function, or one that raises NotImplementedError with the reason.
     """
 
     def cls_attention(self, layer: int) -> Tensor:

@@ -80,9 +80,9 @@ class Dart(Method):
         """Normed hidden states (B, p, D) of the text tokens with the largest keys."""
         _, mask = context.ask(self, "text_embeddings")
         norms = _key_norms(context.ask(self, "text_keys", context.layer - 1)).masked_fill(~mask, -torch.inf)
-        count = min(self.text_pivots, mask.shape[1])
+        count = self.text_pivots if mask.shape[1] else 0
         turn = torch.arange(count, device=mask.device) % mask.sum(-1, keepdim=True).clamp(min=1)
-        positions = top(norms, count).gather(1, turn)
+        positions = top(norms, min(count, mask.shape[1])).gather(1, turn)
         return context.ask(self, "final_norm", gather_rows(context.ask(self, "text_hidden"), positions))
 
     def plan(self, average: float, tokens: int, layers: int) -> dict[str, Any]:

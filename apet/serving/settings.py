@@ -95,7 +95,10 @@ def check_family(config: ApetConfig, row: Served) -> None:
         ValueError: A method or option that does not work for the family in an engine.
     """
     try:
-        if image_selector(config, row).adaptive:
+        select = image_selector(config, row)
+        if select.size_bias:
+            raise ValueError("size_bias is not possible in vLLM, whose attention takes no sizes: leave it out")
+        if select.adaptive:
             raise ValueError(
                 f"method {config.method!r} with {config.method_options} gives images fewer tokens than their budget, "
                 "but vLLM must know the number before it encodes an image; leave out what makes the method adaptive"

@@ -73,6 +73,8 @@ FAMILY_REFUSED = [
     (LLAVA, {"method": "fastv"}, "no vision stage"),
     (LLAVA, {"method": "visionzip"}, "attention"),
     (LLAVA, {"method": "apet_plus", "method_options": {"error_target": 0.1}}, "fewer tokens than their budget"),
+    (LLAVA, {"size_bias": True}, "attention takes no sizes"),
+    (LLAVA, {"method": "apet_plus", "method_options": {"size_bias": True}}, "attention takes no sizes"),
     (NEXT, {"method": "cdpruner"}, "text|relevance"),
 ]
 

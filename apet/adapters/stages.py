@@ -1,0 +1,253 @@
+"""What a stage is, what it decides, and how decisions become columns: the pure half of the decoder patch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from apet.adapters.inputs import BlockInputs, StageView
+from apet.adapters.layout import Block, Layout, Segment, Unit, follows, to_device
+from apet.adapters.vision import Budget, ImageRecord, Select, budget_for
+from apet.core.types import token_sizes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One place where sequences are shortened.
+
+    Attributes:
+        name: "vision" or "layer L".
+        layer: 0-based index of the layer in front of which it acts.
+        budget: Tokens per image: count, share (float), one count per image, or None for all.
+        select: The method, or None where the projector hooks have already compressed the rows.
+        window: Only the first so many tokens of an image take part, the others stay (the published accounting of anyres
+            images); None for all of them.
+        pool: Tokens that share a budget: those of an "item" (image or video), of a "segment" of it (frame, tile), or of
+            the whole "prompt".
+        videos: The same stage for videos where they are treated differently from images.
+        per_crop: A count is for every crop of an image; the image's tokens are chosen from together all the same.
+    """
+
+    name: str
+    layer: int
+    budget: Budget
+    select: Select | None
+    window: int | None = None
+    pool: str = "item"
+    videos: "Stage | None" = None
+    per_crop: bool = False
+
+    def rule(self, part: Block | Segment) -> "Stage":
+        """The stage as it treats an image or a video."""
+        return self.videos if part.video and self.videos is not None else self
+
+    def unit_key(self, block: Block) -> Any:
+        """Equal for blocks of a row that are chosen from together."""
+        pool = self.rule(block).pool
+        return -1 if pool == "prompt" else (pool, block.segment if pool == "segment" else block.item)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What a stage did to every image and video of the prompt.
+
+    Attributes:
+        stage: The stage.
+        items: The images and videos as they are in the prompt.
+        lengths: Tokens of each that entered the stage.
+        kept: Positions of the kept ones among these.
+    """
+
+    stage: Stage
+    items: tuple[Unit, ...]
+    lengths: tuple[int, ...]
+    kept: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a stage keeps of one unit.
+
+    Attributes:
+        way: Number of columns kept where only the device knows which, or their positions in the unit.
+        indices: (K,) kept positions in the unit.
+        tokens: (K', D) new content of kept tokens, None where they stay as they are.
+        places: (K',) columns of the shortened unit that `tokens` go to; all of them without `tokens`.
+        sizes: (K',) image tokens behind each of them, if anything asks for sizes.
+    """
+
+    way: int | np.ndarray
+    indices: Tensor
+    tokens: Tensor | None = None
+    places: np.ndarray | None = None
+    sizes: Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """Columns kept."""
+        return self.way if isinstance(self.way, int) else len(self.way)
+
+
+def whole(unit: Unit, device: torch.device) -> Choice:
+    """All columns of a unit."""
+    way = unit.length if len(unit.blocks) == 1 else np.arange(unit.length)
+    return Choice(way, torch.arange(unit.length, device=device))
+
+
+def vision_choice(record: ImageRecord, unit: Unit, device: torch.device) -> Choice:
+    """What the projector hooks kept of an image, as columns of its block."""
+    if record.kept is None:
+        return whole(unit, device)
+    if record.is_plain and unit.length == record.layout.length:
+        kept = record.kept[0]
+        return Choice(len(kept), kept, sizes=None if record.sizes is None else record.sizes[kept])
+    columns = record.kept_columns()
+    columns = columns[columns < unit.length]
+    sizes = None
+    if record.sizes is not None:
+        rows = to_device(record.layout.columns[columns], device)
+        sizes = torch.where(rows < 0, 1, record.sizes[rows.clamp(min=0)])  # a newline stands for itself
+    return Choice(columns, torch.from_numpy(columns), sizes=sizes)
+
+
+def candidates_of(stage: Stage, unit: Unit) -> np.ndarray:
+    """Positions in a unit that a stage chooses from: newlines and class tokens follow others and are no candidates."""
+    if stage.window is not None:
+        return np.arange(min(stage.window, unit.length))
+    return np.arange(unit.length) if unit.lines is None else np.flatnonzero(unit.lines > -2)
+
+
+def is_simple(unit: Unit, candidates: np.ndarray) -> bool:
+    """Whether the shortened unit is what was kept, in one place: then the host need not know which columns stay."""
+    return len(unit.blocks) == 1 and len(candidates) == unit.length
+
+
+def method_choice(tokens: Tensor, indices: np.ndarray, unit: Unit, candidates: np.ndarray) -> Choice:
+    """The method's decision (`indices` among the candidates) as columns of the unit."""
+    lines = unit.lines
+    chosen = candidates[indices]
+    keep = np.ones(unit.length, dtype=bool)
+    keep[candidates] = False
+    if lines is not None and len(candidates) == (lines > -2).sum():
+        alive = np.zeros_like(keep)
+        alive[chosen] = True
+        keep = follows(lines, alive)
+    if (np.diff(chosen) > 0).all():
+        keep[chosen] = True
+        columns = np.flatnonzero(keep)
+        return Choice(columns, torch.from_numpy(columns), tokens, np.searchsorted(columns, chosen))
+    # Rows in an order of their own stay together, behind what stood in front of them.
+    others = np.flatnonzero(keep)
+    front = others[others < candidates[0]]
+    columns = np.concatenate([front, chosen, others[len(front) :]])
+    return Choice(columns, torch.from_numpy(columns), tokens, len(front) + np.arange(len(chosen)))
+
+
+def ways_of(layout: Layout, units: Sequence[Unit], choices: Sequence[Choice]) -> list[int | np.ndarray]:
+    """What `Layout.shorten` wants: per block, in its order, the columns kept or their number."""
+    ways: dict[Block, int | np.ndarray] = {}
+    for unit, choice in zip(units, choices, strict=True):
+        for block, first in unit.parts():
+            way = choice.way
+            if len(unit.blocks) > 1:
+                way = way[(first <= way) & (way < first + block.length)] - first
+            ways[block] = way
+    return [ways[block] for block in layout.blocks()]
+
+
+def report(stage: Stage, items: Sequence[Unit], units: Sequence[Unit], choices: Sequence[Choice]) -> StageRun:
+    """What was kept of every image or video, whichever way the stage pooled their tokens."""
+    kept: dict[tuple[int, int], list[Tensor]] = {(item.row, item.item): [] for item in items}
+    lengths = dict.fromkeys(kept, 0)
+    for unit, choice in zip(units, choices, strict=True):
+        whole = len({block.item for block in unit.blocks}) == 1
+        for block, first in [(unit, 0)] if whole else unit.parts():
+            key, last = (unit.row, block.item), first + block.length
+            indices = choice.indices
+            if not whole:
+                indices = torch.from_numpy(choice.way[(first <= choice.way) & (choice.way < last)] - first)
+            kept[key].append(indices + lengths[key] if lengths[key] else indices)
+            lengths[key] += block.length
+    parts = [torch.cat(part) if len(part) > 1 else part[0] if part else torch.arange(0) for part in kept.values()]
+    return StageRun(stage, tuple(items), tuple(lengths.values()), tuple(parts))
+
+
+def choose(
+    stage: Stage, units: Sequence[Unit], hidden: Tensor, sizes: Tensor | None, view: StageView | None
+) -> list[Choice]:
+    """Let the method choose, for all units with equally many candidates and the same budget at once.
+
+    Args:
+        stage: The stage.
+        units: What it chooses from.
+        hidden: (B, L, D) the sequences.
+        sizes: (B, L) image tokens behind every column, if anything asks for them.
+        view: What methods may ask for, None if none asks for anything.
+    """
+    rules = [stage.rule(unit.blocks[0]) for unit in units]
+    candidates = [candidates_of(rule, unit) for rule, unit in zip(rules, units, strict=True)]
+    counts = _counts(rules, units, candidates)
+    choices = [whole(unit, hidden.device) for unit in units]
+    grids = [grid_of(unit, len(columns)) for unit, columns in zip(units, candidates, strict=True)]
+    alike = zip(units, candidates, counts, rules, grids, strict=True)
+    keys = [
+        (len(columns), count, rule is stage, grid, None if view is None else view.input_length(rule.select.needs, unit))
+        if count < len(columns)
+        else None
+        for unit, columns, count, rule, grid in alike
+    ]
+    for members in equal(keys):
+        rule, count, grid = rules[members[0]], counts[members[0]], grids[members[0]]
+        columns = np.stack([units[member].columns[candidates[member]] for member in members])
+        rows = to_device(np.array([[units[member].row] for member in members]), hidden.device)
+        places = to_device(columns, hidden.device)
+        inputs = BlockInputs(view, [units[member] for member in members], columns) if view is not None else None
+        own_sizes = None if sizes is None else sizes[rows, places]
+        result = rule.select(hidden[rows, places], count, grid=grid, sizes=own_sizes, inputs=inputs)
+        if result.indices.shape[1] >= columns.shape[1]:
+            continue  # with the basis appended there would be no fewer rows than before
+        simple = [not rule.select.adaptive and is_simple(units[member], candidates[member]) for member in members]
+        known = None if all(simple) else result.indices.cpu().numpy()
+        folded = None if sizes is None else token_sizes(result, own_sizes)
+        for position, member in enumerate(members):
+            tokens, indices = result.tokens[position], result.indices[position]
+            if simple[position]:
+                choice = Choice(len(indices), indices, tokens, np.arange(len(indices)))
+            else:
+                real = known[position] >= 0
+                tokens, chosen = tokens[: real.sum()], known[position][real]
+                choice = method_choice(tokens, chosen, units[member], candidates[member])
+            own = None if folded is None else folded[position, : len(tokens)]
+            choices[member] = replace(choice, sizes=own)
+    return choices
+
+
+def _counts(rules: Sequence[Stage], units: Sequence[Unit], candidates: Sequence[np.ndarray]) -> list[int]:
+    """Tokens to keep of every unit."""
+    counts = []
+    for rule, unit, columns in zip(rules, units, candidates, strict=True):
+        items = sorted({other.item for other, its in zip(units, rules, strict=True) if its is rule})
+        count = budget_for(rule.budget, len(columns), items.index(unit.item), len(items))
+        if rule.per_crop and not isinstance(rule.budget, float):
+            count = min(len(columns), count * unit.blocks[0].origin.crops)
+        counts.append(count)
+    return counts
+
+
+def grid_of(unit: Unit, candidates: int) -> tuple[int, int] | None:
+    """(rows, columns) of a unit's candidates where they are all tokens of one raster; None otherwise."""
+    grid = unit.blocks[0].origin.grid
+    whole_raster = grid is not None and len(unit.blocks) == 1 and grid[0] * grid[1] == candidates
+    return grid if whole_raster else None
+
+
+def equal(keys: Sequence[Any]) -> list[list[int]]:
+    """Indices of equal keys, so that each group is one batch; None belongs to no group."""
+    groups: dict[Any, list[int]] = {}
+    for index, key in enumerate(keys):
+        if key is not None:
+            groups.setdefault(key, []).append(index)
+    return list(groups.values())
