@@ -69,7 +69,7 @@ class ApetPlus(Method):
     idea = "reconstruction error updated with every kept token, spatial quota, merging into all kept tokens"
     reads_sizes = True
 
-    normalise: str = "centre_unit"
+    normalise: str = "raw"
     sinks: str = "clip"
     sink_share: float = 0.01
     start: str = "farthest"
