@@ -702,7 +702,7 @@ class TestHuggingFaceLayout:
     @pytest.mark.parametrize(
         ("fields", "words"),
         [
-            ({"model_type": "llava_onevision"}, ["'llava_onevision'", "supported"]),
+            ({"model_type": "idefics3"}, ["'idefics3'", "supported"]),
             ({"vision_feature_layer": [-2, -3]}, ["vision_feature_layer=[-2, -3]"]),
         ],
     )
