@@ -39,17 +39,18 @@ def write_png(path: Path, tables: Mapping[str, Sequence[Row]], title: str, again
     """Draw the tables; bars are 95 % intervals, the dashed line is the uncompressed model."""
     from matplotlib.figure import Figure  # optional: see check_matplotlib
 
+    methods = list(dict.fromkeys(row.method for rows in tables.values() for row in rows if row.budget is not None))
     across = min(2, len(tables))
     down = -(-len(tables) // across)
-    figure = Figure(figsize=(5.2 * across, 3.9 * down + 0.6), layout="constrained")
+    columns = -(-(len(methods) + 1) // (22 * down))
+    figure = Figure(figsize=(5.2 * across + 1.9 * columns, 3.9 * down + 0.6), layout="constrained")
     axes = figure.subplots(down, across, squeeze=False).ravel()
-    methods = list(dict.fromkeys(row.method for rows in tables.values() for row in rows if row.budget is not None))
     for axis, (name, rows) in zip(axes, tables.items(), strict=False):
         _panel(axis, name, rows, methods, against)
     for axis in axes[len(tables) :]:
         axis.set_axis_off()
     handles = {label: line for axis in axes for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)))
+    figure.legend(handles.values(), handles.keys(), loc="outside center right", ncols=columns, fontsize=8)
     figure.suptitle(title)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
