@@ -73,6 +73,20 @@ class SampleVlm(nn.Module):
         nn.init.normal_(self.lm_head.weight, std=0.02)
         self._init_positions()
 
+    def speed_up(self, attention: str, compiled: bool) -> None:
+        """Choose transformers' attention implementation for training and compile every layer where asked for.
+
+        The fused attention of CPUs spends most of its backward pass on overhead at these sizes: with `eager` a step on
+        112-pixel pictures takes about half the time, compiled (needs a C++ compiler) about a third.
+        """
+        self.tower.set_attn_implementation(attention)
+        self.llm.set_attn_implementation(attention)
+        if compiled:
+            for layer in self.tower.encoder.layers:
+                layer.compile(dynamic=False)  # a handful of picture sizes
+            for layer in self.llm.layers:
+                layer.compile()
+
     def _init_positions(self) -> None:
         """Sines and cosines of row and column: neighbours are alike from the start, also at places seen rarely."""
         dim = self.size.tower_hidden
@@ -117,9 +131,12 @@ class SampleVlm(nn.Module):
         embeds = torch.cat([prefix, image.to(prefix.dtype), text], dim=1)
         shared = prefix.shape[1] + image.shape[1]
         mask, positions = block_layout(shared, number, length, embeds.device)
+        kind = embeds.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else embeds.dtype
         hidden = self.llm(
             inputs_embeds=embeds,
-            attention_mask=mask,
+            # Eager attention adds its mask, so it cannot be boolean.
+            attention_mask=torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, torch.finfo(dtype).min),
             position_ids=positions[None].expand(batch, -1),
             use_cache=False,
         ).last_hidden_state

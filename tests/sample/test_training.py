@@ -1,6 +1,7 @@
 """Model and trainer: shared pictures equal single turns, windows equal plain towers, runs resume, exports fit LLaVA."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -19,8 +20,10 @@ def model():
     return new_model(SIZES["mini"]).eval()
 
 
-def test_questions_that_share_a_picture_equal_single_turns(model):
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_questions_that_share_a_picture_equal_single_turns(model, attention):
     batch = make_batch((0, 1), 112, 2, 3)
+    model.speed_up(attention, compiled=False)
     with torch.inference_mode():
         features, _ = model.see(batch.pixels, batch.origins)
         together = model.read(features, batch.questions)
@@ -82,6 +85,20 @@ def test_a_stopped_run_continues(miniature, tmp_path, capsys):
     train.main([*flags, "--max_steps", "6"])
     assert "continuing" in capsys.readouterr().out
     assert torch.load(tmp_path / "mini" / "last.pt", weights_only=True)["step"] == 6
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="compiling layers needs a C++ compiler")
+def test_compiled_layers_learn_the_same(tmp_path):
+    flags = ["--size", "mini", "--device", "cpu", "--max_steps", "3", "--no-bf16"]
+    states = {}
+    for choice in ("--compile", "--no-compile"):
+        out = tmp_path / choice
+        train.main([*flags, choice, "--out", str(out), "--export", str(out / "model")])
+        states[choice] = torch.load(out / "mini" / "last.pt", weights_only=True)["model"]
+    for name, tensor in states["--compile"].items():
+        torch.testing.assert_close(
+            tensor, states["--no-compile"][name], atol=2e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("size", ["small", "full"])
