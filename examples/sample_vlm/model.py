@@ -76,8 +76,8 @@ class SampleVlm(nn.Module):
     def speed_up(self, attention: str, compiled: bool) -> None:
         """Choose transformers' attention implementation for training and compile every layer where asked for.
 
-        The fused attention of CPUs spends most of its backward pass on overhead at these sizes: with `eager` a step on
-        112-pixel pictures takes about half the time, compiled (needs a C++ compiler) about a third.
+        Fused attention on a CPU spends its backward pass mostly on overhead at these sizes, so `eager` is faster there;
+        compiling needs a C++ compiler.
         """
         self.tower.set_attn_implementation(attention)
         self.llm.set_attn_implementation(attention)
