@@ -270,6 +270,8 @@ def _smooth(values: tuple[float, ...], span: int = 15) -> list[float]:
 
 def _optimizers(model: SampleVlm, fused: bool) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of layers and projector; AdamW for embeddings, heads and vectors, the latter undecayed."""
+    if not hasattr(torch.optim, "Muon"):
+        raise SystemExit(f"training needs PyTorch 2.9 or newer (torch.optim.Muon); this is {torch.__version__}")
     named = list(model.named_parameters())
     inner = [n for n, p in named if p.ndim == 2 and ("layers." in n or n.startswith("projector."))]
     heads = [n for n, p in named if p.ndim >= 2 and "embed" not in n and n not in set(inner)]

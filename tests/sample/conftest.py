@@ -28,7 +28,14 @@ def small_benchmarks(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def miniature(tmp_path_factory):
+def muon():
+    """Skips what trains where PyTorch is too old for the trainer's optimiser."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("training needs PyTorch 2.9")
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory, muon):
     """The folder of a finished miniature training run (`mini/last.pt` and its export in `model/`)."""
     folder = tmp_path_factory.mktemp("mini")
     train.main(_mini_flags(folder) + ["--max_steps", "20"])

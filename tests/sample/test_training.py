@@ -88,7 +88,7 @@ def test_a_stopped_run_continues(miniature, tmp_path, capsys):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="compiling layers needs a C++ compiler")
-def test_compiled_layers_learn_the_same(tmp_path):
+def test_compiled_layers_learn_the_same(tmp_path, muon):
     flags = ["--size", "mini", "--device", "cpu", "--max_steps", "3", "--no-bf16"]
     states = {}
     for choice in ("--compile", "--no-compile"):
@@ -101,8 +101,14 @@ def test_compiled_layers_learn_the_same(tmp_path):
         )
 
 
+def test_an_old_torch_is_named(monkeypatch, tmp_path):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(SystemExit, match=r"PyTorch 2\.9 or newer"):
+        train.main(["--size", "mini", "--device", "cpu", "--out", str(tmp_path)])
+
+
 @pytest.mark.parametrize("size", ["small", "full"])
-def test_each_size_trains_a_few_steps(size, tmp_path):
+def test_each_size_trains_a_few_steps(size, tmp_path, muon):
     flags = ["--size", size, "--plan", "mini", "--device", "cpu", "--out", str(tmp_path), "--max_steps", "4"]
     train.main([*flags, "--export", str(tmp_path / "model")])
     exported = sum(p.stat().st_size for p in (tmp_path / "model").rglob("*") if p.is_file())
