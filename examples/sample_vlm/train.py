@@ -65,9 +65,9 @@ class Plan:
 
 PLANS = {
     "small": Plan(
-        minutes=50,
+        minutes=90,
         learning_rate=1.5e-3,
-        phases=(Phase(0.14, 112, 64, 0), Phase(0.62, 112, 20, 8), Phase(0.72, 224, 8, 8), Phase(1.0, 336, 5, 8)),
+        phases=(Phase(0.1, 112, 64, 0), Phase(0.58, 112, 20, 8), Phase(0.7, 224, 8, 8), Phase(1.0, 336, 5, 8)),
         workers=1,
         seeing_until=0.86,
         seeing_every=2,
