@@ -4,9 +4,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from examples.sample_vlm import questions as q
-from examples.sample_vlm import sources
+from examples.sample_vlm import scenes, sources
 from examples.sample_vlm.scenes import CANVAS, COLORS, KINDS, SHAPES, Scene, Thing, make_scene
 
 
@@ -29,6 +30,26 @@ def test_splits_share_nothing():
     assert by_split["train"] and by_split["test"] and not by_split["train"] & by_split["test"]
     for train_class, test_class in zip(sources.digits("train"), sources.digits("test"), strict=True):
         assert not {d.tobytes() for d in train_class} & {d.tobytes() for d in test_class}
+
+
+@pytest.mark.parametrize(("stretch", "slant"), [(0.85, -0.2), (1.0, 0.0), (1.0, 0.2), (1.2, 0.2)])
+def test_slanting_a_digit_keeps_its_rows_and_all_of_its_ink(stretch, slant):
+    ink = np.zeros((48, 48), dtype=np.uint8)
+    ink[4:44, 2:46] = 255  # nearly to both edges: a canvas too narrow would cut it
+    slanted = np.asarray(scenes._slanted(Image.fromarray(ink), stretch, slant)).astype(float)
+    assert slanted.shape[0] == 48
+    assert np.allclose(slanted.sum(axis=1)[4:44], 255 * 44 * stretch, rtol=0.03)
+    middles = [np.average(np.arange(slanted.shape[1]), weights=row) for row in slanted[4:44]]
+    assert (middles[-1] - middles[0]) / 39 == pytest.approx(-slant, abs=0.01)
+
+
+def test_only_training_digits_are_slanted(monkeypatch):
+    slants = []
+    monkeypatch.setattr(scenes, "_slanted", lambda ink, stretch, slant: slants.append(slant) or ink)
+    scenes._digit_stamp(np.random.default_rng(0), "7", 336, "test")
+    assert not slants
+    scenes._digit_stamp(np.random.default_rng(0), "7", 336, "train")
+    assert len(slants) == 1
 
 
 def test_training_never_shows_a_test_word():
