@@ -16,6 +16,7 @@ from apet.eval.images import Pictures
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import new_conversation
 from llava.eval.tower_features import TowerFeatures
+from llava.eval.weights import weights_fingerprint
 from llava.mm_utils import process_images, tokenizer_image_token
 
 T = TypeVar("T")
@@ -201,6 +202,7 @@ class LlavaAnswerer:
         return {
             "model_path": self._path,
             "model_id": self.model_id,
+            "weights": weights_fingerprint(model),
             "conv_mode": self.preparer.conv_mode,
             "image_aspect_ratio": getattr(model.config, "image_aspect_ratio", None),
             "dtype": str(model.dtype).removeprefix("torch."),

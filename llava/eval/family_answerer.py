@@ -13,6 +13,7 @@ from apet.eval.benchmarks import Question
 from apet.eval.images import ImageError
 from apet.eval.videos import read_clip
 from llava.eval.answerer import CompiledDecoding, GenerationSettings, Upload, until_end
+from llava.eval.weights import weights_fingerprint
 from llava.model.processors import FamilyProcessor, Inputs
 
 FRAMES = 8
@@ -140,6 +141,7 @@ class FamilyAnswerer:
         return {
             "model_path": self._path,
             "model_id": self.model_id,
+            "weights": weights_fingerprint(model),
             "conv_mode": self.preparer.conv_mode,
             **self.preparer.processor.settings(),
             "num_frames": self.preparer.frames,

@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from llava.eval import model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run_llava
@@ -220,6 +222,17 @@ class TestBadInput:
     def test_answers_of_another_run_are_refused(self, questions, capsys):
         assert loader(questions, "answers.jsonl", *COMPRESSED)[0] == 0
         fails(capsys, loader(questions, "answers.jsonl", "--resume")[0], "compression", "--answers-file")
+        assert len(rows(questions.with_name("answers.jsonl"))) == 6
+
+    def test_answers_of_a_checkpoint_retrained_in_its_folder_are_refused(self, questions, tmp_path, capsys):
+        shutil.copytree(TINY, tmp_path / "own")  # the vision tower lies beside the checkpoint
+        model = tmp_path / "own" / "llava-v1.5-tiny"
+        flags = ("answers.jsonl", "--model-path", str(model))
+        assert loader(questions, *flags)[0] == 0
+        assert loader(questions, *flags, "--resume")[0] == 0
+        shard = model / "pytorch_model-00002-of-00002.bin"
+        torch.save({name: 1.5 * tensor for name, tensor in torch.load(shard).items()}, shard)
+        fails(capsys, loader(questions, *flags, "--resume")[0], "other settings", "weights", "--answers-file")
         assert len(rows(questions.with_name("answers.jsonl"))) == 6
 
 
