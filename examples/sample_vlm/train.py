@@ -1,6 +1,6 @@
 """Train the sample model, then export it.
 
-    python -m examples.sample_vlm.train --size small                       # two CPU cores, 50 minutes
+    python -m examples.sample_vlm.train --size small                       # two CPU cores, 90 minutes
     python -m examples.sample_vlm.train --size full --device cuda          # one GPU, under 25 minutes
     python -m examples.sample_vlm.train --size full --device cuda --session_minutes 8   # a slice; repeat to continue
 
