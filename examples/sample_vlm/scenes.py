@@ -291,7 +291,7 @@ _OUTLINES = {
 def _digit_stamp(rng: np.random.Generator, name: str, side: int, split: str) -> _Stamp:
     """A handwritten digit of its split, 24-64 pixels high, slightly turned and with its faint strokes strengthened.
 
-    Training also stretches and slants it: 1,400 samples alone leave a gap to the digits of the test split.
+    Training also stretches and slants it, to make more of its few samples.
     """
     samples = sources.digits(split)[int(name)]
     ink = Image.fromarray(samples[int(rng.integers(len(samples)))])
