@@ -200,13 +200,9 @@ class LlavaAnswerer:
         """Everything that can change an answer."""
         model = self.model
         return {
-            "model_path": self._path,
-            "model_id": self.model_id,
-            "weights": weights_fingerprint(model),
+            **model_settings(model, self._path, self.model_id),
             "conv_mode": self.preparer.conv_mode,
             "image_aspect_ratio": getattr(model.config, "image_aspect_ratio", None),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "attn_implementation": model.config._attn_implementation,
             "sample_weights": getattr(model.config, "sample_weights", None),
             "generation": self._generation.record(),
             "compression": self._config.to_dict(),
@@ -226,6 +222,17 @@ class LlavaAnswerer:
         sizes = [one.image_size or (1, 1) for one in prepared]
         same = len({one.shape for one in pixels}) == 1
         return (torch.stack(pixels) if same else pixels), sizes
+
+
+def model_settings(model: torch.nn.Module, path: str, model_id: str) -> dict[str, Any]:
+    """What a run record says of the loaded checkpoint, whatever its family."""
+    return {
+        "model_path": path,
+        "model_id": model_id,
+        "weights": weights_fingerprint(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attn_implementation": model.config._attn_implementation,
+    }
 
 
 def until_end(ids: list[int], generation: GenerationConfig) -> list[int]:

@@ -12,8 +12,7 @@ from apet.eval.answerer import Answer
 from apet.eval.benchmarks import Question
 from apet.eval.images import ImageError
 from apet.eval.videos import read_clip
-from llava.eval.answerer import CompiledDecoding, GenerationSettings, Upload, until_end
-from llava.eval.weights import weights_fingerprint
+from llava.eval.answerer import CompiledDecoding, GenerationSettings, Upload, model_settings, until_end
 from llava.model.processors import FamilyProcessor, Inputs
 
 FRAMES = 8
@@ -139,14 +138,10 @@ class FamilyAnswerer:
         """Everything that can change an answer."""
         model = self.model
         return {
-            "model_path": self._path,
-            "model_id": self.model_id,
-            "weights": weights_fingerprint(model),
+            **model_settings(model, self._path, self.model_id),
             "conv_mode": self.preparer.conv_mode,
             **self.preparer.processor.settings(),
             "num_frames": self.preparer.frames,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "attn_implementation": model.config._attn_implementation,
             "generation": self._generation.record()
             | {"repetition_penalty": model.generation_config.repetition_penalty},
             "compression": self._config.to_dict(),
