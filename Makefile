@@ -1,18 +1,22 @@
 # make test [ARGS="tests/llava -x"]   all tests
-# make test-oldest                    the same on the oldest supported transformers, in an environment of its own
+# make hosts [ARGS=...]               the contract suite on the oldest and on the newest transformers of our range
+# make canary                         the contract suite on the newest transformers there is
 # make style | format                 check | repair lint and formatting
 # make bench [ARGS=...]               speed table
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
-.PHONY: test test-oldest style format bench
+.PHONY: test hosts canary style format bench
 ARGS ?=
 SETUP := . scripts/_env.sh; apet_env test
 
 test:
 	bash scripts/test.sh $(ARGS)
 
-test-oldest:
-	APET_VENV=.venv/oldest APET_PINS="transformers==5.17.*" bash scripts/test.sh $(ARGS)
+hosts:
+	bash scripts/hosts.sh $(ARGS)
+
+canary:
+	bash scripts/canary.sh
 
 style:
 	$(SETUP); "$$PYTHON" -m ruff check .; "$$PYTHON" -m ruff format --check .

@@ -27,7 +27,7 @@ setup(
     long_description=read("README.md"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["apet", "apet.*", "llava", "llava.*"]),
     package_data={"apet": ["py.typed"], "llava": ["py.typed"]},
     install_requires=read("requirements.txt").split(),
@@ -37,7 +37,7 @@ setup(
         "mmbench": MMBENCH,
         "quant": ["bitsandbytes>=0.45"],
         "flash": ["flash-attn>=2.6"],
-        "vllm": ["vllm>=0.32"],
+        "vllm": ["vllm>=0.32,<0.33"],
     },
     entry_points={
         "vllm.general_plugins": ["apet = apet.serving.plugin:register"],

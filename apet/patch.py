@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from apet.adapters import Adapter, adapter_for
+from apet.adapters import Adapter, adapter_for, host
 from apet.adapters.available import unavailable
 from apet.adapters.decoder import DecoderPatch
 from apet.adapters.encoder import EncoderLog
@@ -66,10 +66,12 @@ def apply_patch(model: nn.Module, config: ApetConfig) -> nn.Module:
         TypeError: The model's family is unknown, or `config` is not an ApetConfig.
         ValueError: A layer the model does not have or that cannot be shortened, budgets that grow or that the family
             does not know, an unknown method, or a text model with sliding-window attention.
+        UnknownHostError: The installed transformers does not have what the patch reads.
     """
     if not isinstance(config, ApetConfig):
         raise TypeError(f"config must be an apet.ApetConfig, got {type(config).__name__}")
     adapter = adapter_for(model)
+    host.prove(adapter.base_model, adapter.text_model)
     _build_stages(adapter, config)
     remove_patch(model)
     setattr(model, _PATCH, _Patch(adapter, config))
@@ -303,11 +305,9 @@ def _check_family(adapter: Adapter, config: ApetConfig) -> None:
 
 
 def _refuse_sliding_window(adapter: Adapter) -> None:
-    config = adapter.text_model.config
-    kinds = getattr(config, "layer_types", None) or []
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if window or any(kind != "full_attention" for kind in kinds):
+    other = host.other_attention(adapter.text_model.config)
+    if other is not None:
         raise ValueError(
-            f"the text model uses attention other than full (sliding_window={window}, layers {sorted(set(kinds))}); "
+            f"the text model uses attention other than full ({other}); "
             "stages inside the decoder need full attention: leave layer_list empty"
         )

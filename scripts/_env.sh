@@ -4,7 +4,8 @@
 #
 #   PYTHON      the interpreter that makes the environment (default: python3)
 #   APET_VENV   the environment's folder (default: .venv), or "none": use PYTHON as it is and install nothing
-#   APET_PINS   more pip requirements, e.g. "transformers==5.17.*"
+#   APET_PINS   pip requirements, e.g. "transformers==5.17.0". Without them the versions are those of constraints.txt,
+#               which were tested together; with them, the newest that requirements.txt and the pins allow
 
 _apet_root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -14,11 +15,11 @@ _apet_say() { echo "[apet] $*" >&2; }
 _apet_check_python() {
     local version
     if ! version=$("$1" -c 'import platform; print(platform.python_version())' 2>/dev/null); then
-        _apet_say "no Python found as '$1'; install Python 3.10 or newer, or set PYTHON to one"
+        _apet_say "no Python found as '$1'; install Python 3.11 or newer, or set PYTHON to one"
         return 1
     fi
-    if ! "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
-        _apet_say "ApET needs Python 3.10 or newer, but '$1' is $version; set PYTHON to a newer one"
+    if ! "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        _apet_say "ApET needs Python 3.11 or newer, but '$1' is $version; set PYTHON to a newer one"
         return 1
     fi
 }
@@ -37,7 +38,7 @@ _apet_fingerprint() {
 import hashlib, pathlib, sys
 
 state = hashlib.sha256(repr((sys.version, sys.argv[1:])).encode())
-for name in ("requirements.txt", "setup.py"):
+for name in ("requirements.txt", "constraints.txt", "setup.py"):
     state.update(pathlib.Path(sys.argv[1], name).read_bytes())
 print(state.hexdigest())
 PY
@@ -60,7 +61,7 @@ _apet_make_venv() {
 # Installs ApET with the extras $2 (comma-separated) into folder $1, unless a stamp says that this was done.
 _apet_install() {
     local stamp="$1/.apet-installed-${2:-base}" wanted options
-    read -r -a options <<<"${APET_PINS:-}"
+    read -r -a options <<<"${APET_PINS:--c $_apet_root/constraints.txt}"
     wanted=$(_apet_fingerprint "$2" "${APET_PINS:-}") || return
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
         return

@@ -6,6 +6,7 @@ from bench.shrunk import shrunk
 from torch.utils.flop_counter import FlopCounterMode
 
 import apet
+from apet.adapters import host
 from apet.bench.components import tower_stops_early
 from apet.bench.presets import get_preset
 from apet.cost import Ceilings, ModelDims, decode_cost, prefill_cost, tokens_per_layer
@@ -38,7 +39,7 @@ def test_flops_and_cache_are_those_of_a_run(name, compressed):
     with torch.inference_mode(), apet.patched(model, config):
         early = tower_stops_early(model, run)
         real = counted(run)
-        cache = run().past_key_values
+        cache = host.cache_of(run())
         visual = apet.last_result(model).tokens_per_layer[0]
         projected = 5 * 96 if name == "llava-next-7b" and compressed else None
         prefill = prefill_cost(dims, visual, text_tokens=9, dtype=torch.float32, projected=projected, early_exit=early)
@@ -46,7 +47,7 @@ def test_flops_and_cache_are_those_of_a_run(name, compressed):
         assert prefill.kv_bytes == cache_bytes(cache)
         token, lengths = torch.ones(1, 1, dtype=torch.int64), [9 + count for count in visual]
         step = decode_cost(dims, lengths, dtype=torch.float32)
-        assert step.flops == counted(lambda: model(input_ids=token, past_key_values=cache))
+        assert step.flops == counted(lambda: model(input_ids=token, **host.with_cache(cache)))
         assert step.kv_bytes == cache_bytes(cache)
 
 

@@ -8,6 +8,7 @@ from tiny import IMAGE_ID, MIXED_ROWS, PATCHES, batch, images, left_pad, prompt,
 
 import apet
 from apet import ApetConfig
+from apet.adapters import host
 
 BOTH = ApetConfig(visual_token_num=12, layer_list=[2], image_token_list=[5], basis_token_num=3)
 ALL = ApetConfig(visual_token_num=PATCHES, layer_list=[1, 2], image_token_list=[PATCHES, PATCHES], basis_token_num=3)
@@ -125,7 +126,7 @@ def test_a_manual_loop_equals_generate(llava, positions, given):
         for _ in range(6):
             tokens.append(int(out.logits[0, -1].argmax()))
             mask = torch.cat([mask, mask[:, :1]], 1)
-            step = {"input_ids": torch.tensor([tokens[-1:]]), "past_key_values": out.past_key_values}
+            step = {"input_ids": torch.tensor([tokens[-1:]]), **host.with_cache(host.cache_of(out))}
             # transformers derives positions from the mask's length if it gets one, so positions go along with it.
             if given == "mask":
                 step |= {"attention_mask": mask, "position_ids": torch.tensor([[mask.shape[1] - 1]])}
@@ -140,7 +141,7 @@ def test_two_interleaved_generations_do_not_mix(llava):
         for _ in range(6):
             for index, (out, tokens) in enumerate(running):
                 tokens.append(int(out.logits[0, -1].argmax()))
-                step = llava(input_ids=torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values)
+                step = llava(input_ids=torch.tensor([tokens[-1:]]), **host.with_cache(host.cache_of(out)))
                 running[index] = (step, tokens)
     assert [tokens for _, tokens in running] == expected
 
@@ -149,10 +150,10 @@ def test_two_interleaved_generations_do_not_mix(llava):
 def test_a_copied_cache_continues_like_its_original(llava_sdpa):
     with apet.patched(llava_sdpa, BOTH):
         out = llava_sdpa(**batch(MIXED_ROWS[:3]), use_cache=True)
-        twin = copy.deepcopy(out.past_key_values)
+        twin = copy.deepcopy(host.cache_of(out))
         step = torch.tensor([[5], [6], [7]])
-        first = llava_sdpa(input_ids=step, past_key_values=out.past_key_values).logits
-        assert torch.equal(first, llava_sdpa(input_ids=step, past_key_values=twin).logits)
+        first = llava_sdpa(input_ids=step, **host.with_cache(host.cache_of(out))).logits
+        assert torch.equal(first, llava_sdpa(input_ids=step, **host.with_cache(twin)).logits)
 
 
 class TestMultiTurn:
@@ -173,7 +174,7 @@ class TestMultiTurn:
             mask = torch.ones_like(ids)
             fresh = generate(llava_sdpa, inputs | {"input_ids": ids, "attention_mask": mask})
             again = generate(
-                llava_sdpa, {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
+                llava_sdpa, {"input_ids": ids, "attention_mask": mask, **host.with_cache(host.cache_of(first))}
             )
         assert torch.equal(again.sequences, fresh.sequences)
 
@@ -181,7 +182,7 @@ class TestMultiTurn:
         with apet.patched(llava_sdpa, BOTH):
             _, first, ids = self.turns(llava_sdpa, BOTH)
             with pytest.raises(ValueError, match="compressed prompt"):
-                generate(llava_sdpa, {"input_ids": ids, "past_key_values": first.past_key_values})
+                generate(llava_sdpa, {"input_ids": ids, **host.with_cache(host.cache_of(first))})
 
     def test_new_tokens_with_the_full_mask_continue_right(self, llava_sdpa):
         with apet.patched(llava_sdpa, BOTH):
@@ -191,7 +192,7 @@ class TestMultiTurn:
             new = ids[:, first.sequences.shape[1] - 1 :]
             again = generate(
                 llava_sdpa,
-                {"input_ids": new, "attention_mask": mask, "past_key_values": first.past_key_values},
+                {"input_ids": new, "attention_mask": mask, **host.with_cache(host.cache_of(first))},
             )
         assert again.sequences[0, -6:].tolist() == fresh.sequences[0, -6:].tolist()
 
@@ -199,7 +200,7 @@ class TestMultiTurn:
         with apet.patched(llava_sdpa, BOTH):
             inputs, first, _ = self.turns(llava_sdpa, BOTH)
             with pytest.raises(ValueError, match="already holds one"):
-                llava_sdpa(**inputs | {"attention_mask": None}, past_key_values=first.past_key_values)
+                llava_sdpa(**inputs | {"attention_mask": None}, **host.with_cache(host.cache_of(first)))
 
 
 class TestRefused:

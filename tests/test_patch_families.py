@@ -10,6 +10,7 @@ from family_reference import FamilyReference
 
 import apet
 from apet import ApetConfig
+from apet.adapters import host
 from apet.config import StagePreset
 
 STEPS = 5
@@ -166,7 +167,7 @@ class TestBehaviour:
                     tokens.append(int(logits.argmax()))
                     place = torch.tensor([[start + step]])
                     out = model(
-                        input_ids=torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True,
+                        input_ids=torch.tensor([tokens[-1:]]), **host.with_cache(host.cache_of(out)), use_cache=True,
                         position_ids=place.expand(3, 1, 1) if family.mrope else place,
                     )  # fmt: skip
                     running[index] = (out, tokens, start)
@@ -217,9 +218,9 @@ class TestBehaviour:
             first = generate(model, inputs)
             ids = torch.cat([first.sequences, torch.tensor([[11, 12, 13]])], 1)
             with pytest.raises(ValueError, match="compressed prompt"):
-                model.generate(input_ids=ids, past_key_values=first.past_key_values, max_new_tokens=3)
+                model.generate(input_ids=ids, **host.with_cache(host.cache_of(first)), max_new_tokens=3)
             with pytest.raises(ValueError, match="already holds one"):
-                model(**inputs | {"attention_mask": None}, past_key_values=first.past_key_values)
+                model(**inputs | {"attention_mask": None}, **host.with_cache(host.cache_of(first)))
 
     def test_decoder_stages_alone_continue_right(self, name):
         model, family = model_of(name), FAMILIES[name]
@@ -228,9 +229,7 @@ class TestBehaviour:
             first = generate(model, inputs)
             ids = torch.cat([first.sequences, torch.tensor([[11, 12, 13]])], 1)
             mask = torch.ones_like(ids)
-            again = generate(
-                model, {"input_ids": ids, "attention_mask": mask, "past_key_values": first.past_key_values}
-            )
+            again = generate(model, {"input_ids": ids, "attention_mask": mask, **host.with_cache(host.cache_of(first))})
             longer = inputs | {"input_ids": ids, "attention_mask": mask}
             if family.mrope:
                 types = inputs["mm_token_type_ids"]

@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneratio
 
 import apet
 from apet import ApetConfig
+from apet.adapters import host
 from apet.methods import base
 from apet.methods.base import Method
 
@@ -61,7 +62,7 @@ def double(inputs):
 def truth(model, inputs):
     """Attention maps, hidden states and cache of the model without a patch."""
     cache = DynamicCache(config=model.config.get_text_config())
-    return model(**inputs, past_key_values=cache, output_attentions=True, output_hidden_states=True), cache
+    return model(**inputs, **host.with_cache(cache), output_attentions=True, output_hidden_states=True), cache
 
 
 def test_decoder_inputs_of_a_mixed_batch(spy):

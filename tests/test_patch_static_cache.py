@@ -8,6 +8,7 @@ from tiny import images, left_pad, prompt, tiny_llava
 from transformers import CompileConfig, StaticCache
 
 import apet
+from apet.adapters import host
 from apet.adapters.static_cache import PromptCache
 
 CONFIG = apet.ApetConfig(visual_token_num=14, layer_list=[2], image_token_list=[6], basis_token_num=3)
@@ -21,9 +22,7 @@ def inputs(lengths):
 
 def traced() -> CompileConfig:
     """One graph or an error, run as it is traced, on any device."""
-    config = CompileConfig(backend="eager", mode=None, fullgraph=True, dynamic=False)
-    config._compile_all_devices = True
-    return config
+    return host.compile_everywhere(backend="eager", mode=None, fullgraph=True)
 
 
 def graphs() -> int:
@@ -53,7 +52,7 @@ def test_one_graph_serves_all_prompts(model, config, cache_type):
     cache = PromptCache(model, 6) if cache_type == "prompt" else StaticCache(config=text, max_cache_len=80)
     for lengths, expected in zip(LENGTHS, plain, strict=True):
         cache.reset()
-        found = model.generate(**inputs(lengths), past_key_values=cache, compile_config=traced(), **options)
+        found = model.generate(**inputs(lengths), **host.with_cache(cache), compile_config=traced(), **options)
         assert torch.equal(found, expected)
     # Batches with and without padding.
     assert graphs() <= 2
@@ -74,16 +73,16 @@ def test_a_prompt_cache_is_as_long_as_the_prompt_of_each_layer(model):
     cache = PromptCache(model, 70)
     with torch.inference_mode(), apet.patched(model, CONFIG):
         given = inputs((60, 60))
-        model(**given, past_key_values=cache)
-        assert [layer.max_cache_len for layer in cache.layers] == [256, 256, 256, 256]
+        model(**given, **host.with_cache(cache))
+        assert [layer.get_max_length() for layer in cache.layers] == [256, 256, 256, 256]
         assert [int(layer.get_seq_length()) for layer in cache.layers] == [74, 74, 66, 66]
         first = [layer.keys.data_ptr() for layer in cache.layers]
         cache.reset()
         assert cache.get_seq_length() == 0
-        model(**inputs((50, 40)), past_key_values=cache)
-        assert [layer.max_cache_len for layer in cache.layers] == [256, 256, 128, 128]
+        model(**inputs((50, 40)), **host.with_cache(cache))
+        assert [layer.get_max_length() for layer in cache.layers] == [256, 256, 128, 128]
         cache.reset()
-        model(**given, past_key_values=cache)
+        model(**given, **host.with_cache(cache))
         assert [layer.keys.data_ptr() for layer in cache.layers] == first  # a CUDA graph finds its memory again
 
 
@@ -94,6 +93,6 @@ def test_an_emptied_cache_forgets_the_prompt_before(model):
     with apet.patched(model, CONFIG):
         expected = model.generate(**text, **options)
         cache = StaticCache(config=model.config.text_config, max_cache_len=80)
-        model.generate(**inputs((12, 5)), past_key_values=cache, **options)
+        model.generate(**inputs((12, 5)), **host.with_cache(cache), **options)
         cache.reset()
-        assert torch.equal(model.generate(**text, past_key_values=cache, **options), expected)
+        assert torch.equal(model.generate(**text, **host.with_cache(cache), **options), expected)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from apet.adapters import host
 from apet.adapters.base import Adapter
 
 _IN_TOWER = ("cls_attention", "vision_keys")
@@ -21,7 +22,7 @@ def unavailable(adapter: Adapter, name: str, layers: Sequence[int]) -> str | Non
     if name in _IN_TOWER:
         if not adapter.class_token_towers:
             return adapter.no_class_token
-        depth = min(len(tower.encoder.layers) for tower in adapter.class_token_towers)
+        depth = min(len(host.tower_layers(tower)) for tower in adapter.class_token_towers)
         return None if all(-depth <= layer < depth for layer in layers) else f"the vision tower has {depth} layers"
     if name == "vision_features" and adapter.row_projector is None:
         return "its tokens are not the tower's one by one"

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from apet.adapters import host
 from apet.adapters.layout import Item, Layout, square
 from apet.adapters.vision import VisionStage
 from apet.config import FAMILY_PRESETS, FamilyPreset
@@ -70,7 +71,7 @@ class Adapter:
 
     @property
     def text_model(self) -> nn.Module:
-        """The decoder, with `layers`, `rotary_emb` and `config`."""
+        """The decoder."""
         return self.base_model.language_model
 
     @property
@@ -96,13 +97,13 @@ class Adapter:
 
     @property
     def towers(self) -> list[nn.Module]:
-        """Vision models with an `encoder` whose last layers may go unused."""
+        """Vision models whose last layers may go unused."""
         return []
 
     @property
     def class_token_towers(self) -> list[nn.Module]:
         """Those of `towers` with a class token in front of patches that become tokens one by one."""
-        return [tower for tower in self.towers if hasattr(getattr(tower, "embeddings", None), "class_embedding")]
+        return [tower for tower in self.towers if host.has_class_token(tower)]
 
     @property
     def single_crop(self) -> bool:

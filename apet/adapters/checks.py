@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apet.adapters import host
 from apet.adapters.prompt_state import PromptState
-
-_PIXELS = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 
 
 def refuse_training(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -20,7 +19,7 @@ def refuse_training(module: nn.Module, args: tuple, kwargs: dict) -> None:
 
 def refuse_continuation(given: dict, tokens: Tensor, cache: Any, state: PromptState | None) -> None:
     """Raise where a filled cache is continued in a way that cannot be right; `state` is what the prompt left on it."""
-    if given.get("mm_encoder_outputs") or any(given.get(name) is not None for name in _PIXELS):
+    if host.has_pictures(given):
         raise ValueError(
             "a patched model compresses images in the first forward of a prompt; this cache already holds one. "
             "Start a new cache for a conversation with new images (and leave out prefill_chunk_size)"
@@ -28,7 +27,7 @@ def refuse_continuation(given: dict, tokens: Tensor, cache: Any, state: PromptSt
     group = state.group_of(0) if state is not None else None
     if group is None or tokens.shape[1] == 1:
         return
-    fed = int(cache.get_seq_length()) - group.length + tokens.shape[1]
+    fed = int(host.cached_length(cache)) - group.length + tokens.shape[1]
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         consistent = mask.shape[1] == state.original_length + fed
@@ -52,13 +51,12 @@ def valid_columns(mask: Any, cache: Any, visual: Tensor) -> Tensor:
     Raises:
         ValueError: A 4-D mask that `generate` did not make.
     """
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention")
+    mask = host.full_mask(mask)
     if mask is None:
         return torch.ones_like(visual)
     if mask.dim() == 2:
         return mask[:, : visual.shape[1]].bool()
-    if not getattr(cache, "is_compileable", False):
+    if not host.is_static(cache):
         raise ValueError("a patched model takes 2-D attention masks (batch, length); it cannot shorten a 4-D one")
     # generate() builds 4-D masks for static caches; the last query sees exactly the real tokens.
     row = mask[:, 0, -1, : visual.shape[1]]

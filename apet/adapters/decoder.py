@@ -9,7 +9,6 @@ State of a prompt travels on its cache object, so interleaved generations cannot
 one forward.
 """
 
-import inspect
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.masking_utils import create_causal_mask
 
+from apet.adapters import host
 from apet.adapters.base import Adapter
 from apet.adapters.checks import refuse_continuation, refuse_training, valid_columns
 from apet.adapters.encoder import EncoderLog
@@ -76,7 +75,7 @@ class DecoderPatch:
         self._sizes = size_bias or any(rule.select.reads_sizes for rule in rules)
         self._prompt_length = PromptLength(adapter.model)
         self._local = threading.local()
-        self._base_names = list(inspect.signature(adapter.base_model.forward).parameters)
+        self._base_names = host.argument_names(adapter.base_model.forward)
         self.prompt: tuple[Unit, ...] = ()
         self.rows = 0
         self.runs: tuple[StageRun, ...] | None = None
@@ -101,12 +100,12 @@ class DecoderPatch:
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         given = dict(zip(self._base_names, args, strict=False)) | kwargs
         items = kwargs.pop("visual_items", None)
-        cache = given.get("past_key_values")
+        cache = host.cache_of(given)
         tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         state = state_of(cache)
         # A known cache and a single token are a decoding step; asking a static cache for its length would synchronise.
         decoding = state is not None and tokens.shape[1] == 1
-        prefill = not decoding and (cache is None or int(cache.get_seq_length()) == 0)
+        prefill = not decoding and (cache is None or int(host.cached_length(cache)) == 0)
         ids = given.get("input_ids")
         call = _Call(prefill, cache, ids=ids, items=items, generated=self._prompt_length.generated(ids, cache))
         if prefill:
@@ -126,26 +125,27 @@ class DecoderPatch:
 
     def _before_text(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         call = getattr(self._local, "call", None)
-        if call is None or kwargs.get("inputs_embeds") is None:
+        if call is None:
             return None
+        inputs = host.text_inputs(kwargs)
         if call.prefill:
-            return args, self._prefill_text(call, kwargs)
+            return args, self._prefill_text(call, kwargs, inputs)
         group = call.state.group_of(0) if call.state is not None else None
         if group is None:
             return None
-        mask, positions = self._decode_inputs(call, group, kwargs["inputs_embeds"].shape[1])
-        return args, kwargs | {"attention_mask": mask, "position_ids": positions}
+        mask, positions = self._decode_inputs(call, group, inputs.embeds.shape[1])
+        return args, host.replaced_text_inputs(kwargs, inputs._replace(mask=mask, positions=positions))
 
-    def _prefill_text(self, call: _Call, kwargs: dict) -> dict:
+    def _prefill_text(self, call: _Call, kwargs: dict, inputs: host.TextInputs) -> dict:
         """Find the images, decide what every stage will drop, and run the stage in front of layer 0."""
-        embeds = kwargs["inputs_embeds"]
+        embeds = inputs.embeds
         call.records = self._vision.records if self._vision is not None else None
-        call.layout = self._read_layout(call, embeds, kwargs.get("attention_mask"))
+        call.layout = self._read_layout(call, embeds, inputs.mask)
         self.prompt, self.rows, self.runs = tuple(call.layout.units(_by_item)), embeds.shape[0], None
         if not self.prompt:
             call.runs.extend(StageRun(stage, (), (), ()) for stage in self._stages.values())
             return kwargs
-        call.positions = self._rotary_positions(kwargs.get("position_ids"), embeds)
+        call.positions = self._rotary_positions(inputs.positions, embeds)
         last = to_device(call.layout.last_valid, embeds.device).view(-1, 1).expand(*call.positions.shape[:-1], 1)
         call.state = PromptState(embeds.shape[1], call.positions.gather(-1, last))
         if self._sizes:
@@ -164,22 +164,26 @@ class DecoderPatch:
         if mask is None and call.cache is None:
             # Without cache and mask the text model would take gaps in the positions for packed sequences.
             mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
-        return kwargs | {"inputs_embeds": embeds, "attention_mask": mask, "position_ids": call.positions}
+        return host.replaced_text_inputs(kwargs, host.TextInputs(embeds, mask, call.positions))
 
     def before_layer(self, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Pre-hook of decoder layer `index`."""
         call = getattr(self._local, "call", None)
-        if call is None or call.state is None:
+        if call is None:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
+        if index == 0:
+            cache = host.check_cache(call.cache, args, kwargs)
+            if call.prefill and call.state is not None and cache is not None:
+                call.cache = cache
+                keep_state(cache, call.state)
+        if call.state is None:
+            return None
+        hidden = host.layer_hidden(args, kwargs)
         if call.prefill:
-            if index == 0 and kwargs.get("past_key_values") is not None:
-                call.cache = kwargs["past_key_values"]
-                keep_state(call.cache, call.state)
             stage = self._stages.get(index) if index > 0 else None
             if stage is not None:
                 group = call.state.group_of(index)
-                rotary = kwargs["position_embeddings"]
+                rotary = host.layer_rotary(kwargs)
                 if group is not None and group.first > 0:
                     _, rotary = call.overrides[group.first]
                 hidden, _ = self._run_stage(call, stage, hidden, rotary)
@@ -187,13 +191,10 @@ class DecoderPatch:
         if group is not None and group.first > 0:
             if group.first not in call.overrides:
                 call.overrides[group.first] = self._layer_inputs(call, group, hidden)
-            mask, embeddings = call.overrides[group.first]
-            # Positions are needed for the rotary embeddings only; handed to the layers they would only make
-            # FlashAttention look for packed sequences.
-            kwargs = kwargs | {"attention_mask": mask, "position_embeddings": embeddings, "position_ids": None}
+            kwargs = host.with_layer_inputs(kwargs, *call.overrides[group.first])
         if call.prefill and index in self._tapped:
-            call.taps[index] = hidden, kwargs["position_embeddings"]
-        return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+            call.taps[index] = hidden, host.layer_rotary(kwargs)
+        return host.with_hidden(args, kwargs, hidden)
 
     def _rotary_positions(self, positions: Tensor | None, embeds: Tensor) -> Tensor:
         """The text model's positions (B, L), or (3, B, L) with M-RoPE."""
@@ -304,22 +305,17 @@ class DecoderPatch:
                 mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         else:
             mask, positions = self._decode_inputs(call, group, hidden.shape[1])
-        mask = create_causal_mask(
-            config=self._adapter.text_model.config,
-            inputs_embeds=hidden,
-            attention_mask=mask,
-            past_key_values=call.cache,
-            layer_idx=group.first,
-        )
-        return mask, self._adapter.text_model.rotary_emb(hidden, positions)
+        text_model = self._adapter.text_model
+        mask = host.causal_mask(text_model, hidden, mask, call.cache, group.first)
+        return mask, host.rotary(text_model, hidden, positions)
 
     def _decode_inputs(self, call: _Call, group: LayerGroup, queries: int) -> tuple[Tensor | None, Tensor]:
         """2-D mask (None without padding) and positions (B, q) of a step on a filled cache."""
-        layer = call.cache.layers[group.first]
-        past = layer.get_seq_length()
+        past = host.cached_length(call.cache, group.first)
         mask = group.mask
-        if mask is not None and not layer.is_compileable:
-            mask = nn.functional.pad(mask, (0, past + queries - group.length), value=True)
+        if mask is not None:
+            missing = host.key_length(call.cache, group.first, queries) - mask.shape[1]
+            mask = nn.functional.pad(mask, (0, missing), value=True) if missing else mask
         return mask, group.offset + past + torch.arange(queries, device=group.offset.device)
 
     def _read_layout(self, call: _Call, embeds: Tensor, mask: Any) -> Layout:

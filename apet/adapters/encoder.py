@@ -6,19 +6,17 @@ that every route passes: `generate` of transformers 5.23 calls them before the p
 """
 
 import functools
-import inspect
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from apet.adapters import host
 from apet.adapters.base import Adapter, InstanceAttribute, Removable
 from apet.adapters.inputs import Encoded
 from apet.adapters.layout import Item
 from apet.adapters.tower_log import TowerTap
-
-_METHODS = ("get_image_features", "get_video_features")
 
 
 class EncoderLog:
@@ -50,8 +48,8 @@ class EncoderLog:
 
     def _wrap(self, kind: int) -> Removable:
         base = self._adapter.base_model
-        original = getattr(base, _METHODS[kind])
-        names = list(inspect.signature(original).parameters)
+        original = getattr(base, host.ENCODERS[kind])
+        names = host.argument_names(original)
 
         # generate() reads the signature to decide which inputs to hand over.
         @functools.wraps(original)
@@ -62,20 +60,21 @@ class EncoderLog:
             try:
                 output = original(*args, **kwargs)
                 given = dict(zip(names, args, strict=False)) | kwargs
+                features = host.encoded_features(output)
                 if kind == 0:
-                    items = self._adapter.image_items(output.pooler_output, given)
+                    items = self._adapter.image_items(features, given)
                 else:
-                    items = self._adapter.video_items(output.pooler_output, given, self._per_frame)
+                    items = self._adapter.video_items(features, given, self._per_frame)
             finally:
                 self._local.busy = False
             self._local.items = getattr(self._local, "items", {}) | {kind: items}
             if self._taps:
-                call = self._taps[kind].take(*output.pooler_output.shape[:2])
+                call = self._taps[kind].take(*features.shape[:2])
                 self._local.calls = getattr(self._local, "calls", {}) | {kind: call}
             return output
 
-        setattr(base, _METHODS[kind], logged)
-        return InstanceAttribute(base, _METHODS[kind])
+        setattr(base, host.ENCODERS[kind], logged)
+        return InstanceAttribute(base, host.ENCODERS[kind])
 
 
 def _rows(number: int, length: int) -> np.ndarray:

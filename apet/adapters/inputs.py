@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from apet.adapters import host
 from apet.adapters.layout import TEXT, Layout, Unit, to_device
 from apet.adapters.probe import Projected, project
 from apet.adapters.tower_log import TowerCall
@@ -87,11 +88,7 @@ class StageView:
         """Queries and keys of the layer about to run, or of the one before."""
         if layer not in self._projected:
             hidden, embeddings = (self.hidden, self.embeddings) if layer == self.layer else self.before
-            module = self.layers[layer]
-            hidden = module.input_layernorm(hidden)
-            self._projected[layer] = project(
-                module.self_attn, hidden, position_embeddings=embeddings, attention_mask=None, past_key_values=None
-            )
+            self._projected[layer] = project(host.decoder_attention(self.layers[layer], hidden, embeddings))
         return self._projected[layer]
 
     def input_length(self, needs: Collection[str], unit: Unit) -> int | None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from apet.adapters import host
 from apet.adapters.base import InstanceAttribute, Removable, register
 from apet.adapters.llava import Llava
 from apet.adapters.vision import ImageLayout, VisionStage
@@ -46,9 +46,9 @@ class LlavaNext(Llava):
         rows += strategy == "full"
         layouts = []
         for size in torch.as_tensor(image_sizes).tolist():
-            crops = image_size_to_num_patches(size, config.image_grid_pinpoints, vision.image_size)
+            crops = host.crops_of(size, config.image_grid_pinpoints, vision.image_size)
             numbers = torch.arange(crops * rows, dtype=torch.float64).view(crops, rows, 1)
             newline = torch.tensor([-1.0], dtype=torch.float64)
-            (packed,), _ = self.base_model.pack_image_features([numbers], [size], strategy, image_newline=newline)
-            layouts.append(ImageLayout(crops, rows, packed.flatten().long().numpy()))
+            columns = host.packed(self.base_model, numbers, size, newline, vision_feature_select_strategy=strategy)
+            layouts.append(ImageLayout(crops, rows, columns.flatten().long().numpy()))
         return layouts

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches
 
+from apet.adapters import host
 from apet.adapters.base import Adapter, register
 from apet.adapters.layout import NEWLINE, Item, square
 from apet.adapters.vision import ImageLayout
@@ -34,11 +34,10 @@ class LlavaOnevision(Adapter):
         tiled = [True] * len(sizes) if counts is None else [count == 1 for count in counts for _ in range(count)]
         items = []
         for one, size, tiles in zip(features, sizes, tiled, strict=True):
-            crops = image_size_to_num_patches(size, config.image_grid_pinpoints, side) if tiles else 1
+            crops = host.crops_of(size, config.image_grid_pinpoints, side) if tiles else 1
             rows = (side // config.vision_config.patch_size) ** 2 if crops > 1 else len(one) - 1
-            (marks,), _ = self.base_model.pack_image_features(
-                [torch.zeros(crops, rows, 1)], [size], image_newline=torch.ones(1), vision_aspect_ratio=ratio
-            )
+            blank = torch.zeros(crops, rows, 1)
+            marks = host.packed(self.base_model, blank, size, torch.ones(1), vision_aspect_ratio=ratio)
             columns = np.where(marks.flatten().numpy() == 1, NEWLINE, np.arange(len(marks)))
             grid = square(rows) if crops == 1 else None
             items.append(Item((len(one),), ImageLayout(crops, rows, columns).lines, grid=grid))

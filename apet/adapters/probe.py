@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+
+from apet.adapters import host
 
 _NAME = "apet_probe"
 
@@ -53,27 +54,22 @@ def _take(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: A
     raise _Taken(Projected(query, key, query.shape[-1] ** -0.5 if scale is None else scale))
 
 
-AttentionInterface.register(_NAME, _take)
+host.register_attention(_NAME, _take)
 
 
 @torch.no_grad()
-def project(attention: nn.Module, hidden: Tensor, **kwargs: Any) -> Projected:
-    """Queries and keys of `attention` for its input `hidden` (B, L, D).
-
-    Args:
-        attention: A transformers attention module that looks its attention function up.
-        hidden: What enters it, behind the layer's norm.
-        kwargs: Its other inputs, such as `position_embeddings`.
+def project(call: host.AttentionCall) -> Projected:
+    """Queries and keys of an attention module that looks its attention function up, for one input (B, L, D).
 
     Raises:
         NotImplementedError: The module calls no attention function.
     """
     # A shallow copy shares the weights; its configuration names our function, the model's own stays as it is.
-    probe = copy.copy(attention)
-    probe.config = copy.copy(attention.config)
-    probe.config._attn_implementation = _NAME
+    probe = copy.copy(call.module)
+    probe.config = copy.copy(probe.config)
+    host.set_attention_name(probe.config, _NAME)
     try:
-        probe.forward(hidden, **kwargs)
+        probe.forward(call.hidden, **call.kwargs)
     except _Taken as taken:
         return taken.projected
-    raise NotImplementedError(f"{type(attention).__name__} does not look up its attention function")
+    raise NotImplementedError(f"{type(call.module).__name__} does not look up its attention function")

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from apet.adapters import host
 from apet.adapters.base import InstanceAttribute, Removable
 
 
@@ -25,8 +26,7 @@ class PromptLength:
 
         @functools.wraps(original)
         def watched(*args: Any, **kwargs: Any) -> Any:
-            given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
-            ids = next((one for one in given if isinstance(one, Tensor)), None)
+            ids = host.prompt_ids(args, kwargs)
             self._local.length = None if ids is None else ids.shape[1]
             try:
                 return original(*args, **kwargs)

@@ -5,6 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from apet.adapters import host
+
 _STATE = "_apet_state"
 
 
@@ -63,10 +65,9 @@ def widened(group: LayerGroup, cache: Any) -> LayerGroup:
     On a static cache its tensors have one shape for all prompts, and its numbers are never read: a compiled decoding
     step serves every prompt.
     """
-    layer = cache.layers[group.first] if cache is not None else None
-    if layer is None or not layer.is_compileable:
+    if not host.is_static(cache, group.first):
         return group
-    missing = (0, layer.max_cache_len - group.length)
+    missing = (0, host.key_length(cache, group.first, 1) - group.length)
     mask, sizes = group.mask, group.log_sizes
     return replace(
         group,

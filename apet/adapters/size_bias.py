@@ -7,17 +7,14 @@ keys the logarithm, so their product adds it (log-size calibration after RESTORE
 
 import copy
 import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from apet.adapters import host
 from apet.adapters.base import Adapter, InstanceAttribute, Removable
 
 # Sizes above it count as this much: a background of hundreds of tokens must not drown the rest.
@@ -51,35 +48,34 @@ class SizeBias:
     def __init__(self, adapter: Adapter, log_sizes: LogSizes) -> None:
         self._adapter, self._log_sizes = adapter, log_sizes
         self._config = adapter.text_model.config
-        self._before = self._config._attn_implementation
+        self._before = host.attention_name(self._config)
 
     def attach(self) -> list[Removable]:
         """Exchange the attention function; returns the handles."""
         name = _PREFIX + self._before
-        AttentionInterface.register(name, functools.partial(_attend, self._before))
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[self._before])
+        host.register_attention(name, functools.partial(_attend, self._before), masks_of=self._before)
         handles: list[Removable] = [self]
         for layer in self._adapter.layers:
-            plain = copy.copy(layer.self_attn)  # shares the weights
+            attention = host.attention_of(layer)
+            plain = copy.copy(attention)  # shares the weights
             plain.config = copy.copy(plain.config)
-            setattr(layer.self_attn, _SOURCE, _Source(self._log_sizes, plain))
-            handles.append(InstanceAttribute(layer.self_attn, _SOURCE))
-        self._config._attn_implementation = name
+            setattr(attention, _SOURCE, _Source(self._log_sizes, plain))
+            handles.append(InstanceAttribute(attention, _SOURCE))
+        host.set_attention_name(self._config, name)
         return handles
 
     def remove(self) -> None:
         """Put the model's attention function back."""
-        self._config._attn_implementation = self._before
+        host.set_attention_name(self._config, self._before)
 
 
 def _attend(
     base: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Any]:
     """The attention function `base`, with the bias where the layer has one."""
-    eager = sys.modules[type(module).__module__].eager_attention_forward if base == "eager" else None
-    attend = eager or ALL_ATTENTION_FUNCTIONS[base]
+    attend = host.attention_function(base, module)
     source: _Source = getattr(module, _SOURCE)
-    module, bias = source.plain, source.log_sizes(module.layer_idx, key.shape[2])
+    module, bias = source.plain, source.log_sizes(host.layer_number(module), key.shape[2])
     if bias is None:
         return attend(module, query, key, value, mask, *args, **kwargs)
     dim = query.shape[-1]

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CompileConfig
-from transformers.cache_utils import Cache, StaticLayer
+from transformers import Cache, CompileConfig
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
+from apet.adapters import host
 from apet.adapters.prompt_state import forget_prompt
 
 _GRID = 128  # buffers end at multiples of this
@@ -20,8 +21,8 @@ _GRID = 128  # buffers end at multiples of this
 class PromptCache(Cache):
     """Cache of one prompt (batch) at a time; `reset` before the next one.
 
-    ``model.generate(..., past_key_values=cache, compile_config=apet.compile_config())`` compiles the decoding step; on
-    a GPU it replays CUDA graphs. Beams and assisted decoding need a dynamic cache.
+    Handed to ``model.generate`` together with ``compile_config=apet.compile_config()``, it lets the decoding step
+    compile; on a GPU that replays CUDA graphs. Beams and assisted decoding need a dynamic cache.
 
     Args:
         model: A model with a decoder of full-attention layers, patched or not.
@@ -34,8 +35,7 @@ class PromptCache(Cache):
 
     def reset(self) -> None:
         """Forget the prompt; buffers stay for the next one."""
-        for layer in self.layers:
-            layer.filled = False
+        super().reset()
         forget_prompt(self)
 
 
@@ -45,37 +45,50 @@ def compile_config() -> CompileConfig:
     transformers on its own compiles on GPUs only; torch on its own gives up after eight lengths and batch sizes.
     """
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    config = CompileConfig(dynamic=False)
-    config._compile_all_devices = True
-    return config
+    return host.compile_everywhere()
 
 
-class _PromptLayer(StaticLayer):
+class _PromptLayer(CacheLayerMixin):
+    """The prompt as the decoder layer computed it, then one of several static layers to decode on."""
+
+    is_compileable = True
+    is_sliding = False
+
     def __init__(self, new_tokens: int) -> None:
-        super().__init__(max_cache_len=0)
-        self.filled = False
+        super().__init__()
         self._new_tokens = new_tokens
-        self._buffers: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+        self._static: dict[tuple[int, int], StaticLayer] = {}
+        self._used: StaticLayer | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        batch, _, length, _ = key_states.shape
+        room = -(-(length + self._new_tokens) // _GRID) * _GRID
+        if (batch, room) not in self._static:
+            self._static[batch, room] = StaticLayer(max_cache_len=room)
+        self._used = self._static[batch, room]
+        self._used.reset()
+        self._used.update(key_states, value_states)
+        self.keys, self.values = self._used.keys, self._used.values
+        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if self.filled:
-            return super().update(key_states, value_states, *args, **kwargs)
-        batch, _, length, _ = key_states.shape
-        self.max_cache_len = -(-(length + self._new_tokens) // _GRID) * _GRID
-        if (batch, self.max_cache_len) not in self._buffers:
-            self.cumulative_length = torch.zeros((), dtype=torch.int64, device=key_states.device)
-            self.lazy_initialization(key_states, value_states)
-            self._buffers[batch, self.max_cache_len] = self.keys, self.values, self.cumulative_length
-        self.keys, self.values, self.cumulative_length = self._buffers[batch, self.max_cache_len]
-        self.batch_size = batch
-        self.keys[:, :, :length] = key_states
-        self.values[:, :, :length] = value_states
-        self.cumulative_length.fill_(length)
-        self.filled = True
+        if self.is_initialized:
+            return self._used.update(key_states, value_states, *args, **kwargs)
+        self.lazy_initialization(key_states, value_states)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (self.max_cache_len, 0) if self.filled else (query_length, 0)
+        return self._used.get_mask_sizes(query_length) if self.is_initialized else (query_length, 0)
 
     def get_seq_length(self) -> Any:
-        return self.cumulative_length if self.filled else 0
+        return self._used.get_seq_length() if self.is_initialized else 0
+
+    def get_max_length(self) -> int:
+        return self._used.get_max_length() if self.is_initialized else -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        raise ValueError("beams need a dynamic cache; leave PromptCache out, or set num_beams=1")
+
+    def reset(self) -> None:
+        self.keys = self.values = self._used = None
+        self.is_initialized = False

@@ -8,8 +8,9 @@ that asks for several runs all layers.
 import threading
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from apet.adapters import host
 from apet.adapters.base import InstanceAttribute, Removable
 
 
@@ -19,13 +20,13 @@ class TowerDepth:
     The pooled output of a shortened call is that of the last layer that ran.
 
     Args:
-        tower: The vision model: gets `output_hidden_states` as a keyword. One without `encoder.layers` is left alone.
+        tower: The vision model. One of another build than CLIP's is left alone.
         least: Layers that run in any case.
     """
 
     def __init__(self, tower: nn.Module, least: int = 0) -> None:
         self._tower, self._least = tower, least
-        self._layers = getattr(getattr(tower, "encoder", None), "layers", ())
+        self._layers = host.tower_layers(tower)
         self._local = threading.local()
 
     def attach(self) -> list[Removable]:
@@ -36,19 +37,19 @@ class TowerDepth:
         return [self._tower.register_forward_pre_hook(self._before, with_kwargs=True), *wrapped]
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._local.depth = self._needed(kwargs.get("output_hidden_states"))
+        self._local.depth = self._needed(host.wanted_state(kwargs))
 
-    def _needed(self, states: Any) -> int:
-        """Layers that must run for a hidden state by number (0 is the embedding); all for anything else."""
+    def _needed(self, state: int | None) -> int:
+        """Layers that must run for a hidden state by number; all for None."""
         count = len(self._layers)
-        if type(states) is not int or states == 0:  # a list counts differently before transformers 5.23
+        if state is None:
             return count
-        return max(self._least, states if states > 0 else count + 1 + states)
+        return max(self._least, state if state > 0 else count + 1 + state)
 
     def _until(self, index: int, forward: Any) -> Any:
-        def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             if index >= getattr(self._local, "depth", index + 1):
-                return hidden_states
-            return forward(hidden_states, *args, **kwargs)
+                return host.layer_hidden(args, kwargs)
+            return forward(*args, **kwargs)
 
         return run

@@ -10,6 +10,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
+from apet.adapters import host
 from apet.adapters.probe import Projected, project
 
 
@@ -46,9 +47,7 @@ class TowerCall:
     def _project(self, layer: int) -> Projected:
         index = layer % len(self._layers)
         if index not in self._projected:
-            module = self._layers[index]
-            states = module.layer_norm1(self._inputs[index])
-            self._projected[index] = project(module.self_attn, states, attention_mask=None)
+            self._projected[index] = project(host.tower_attention(self._layers[index], self._inputs[index]))
         return self._projected[index]
 
 
@@ -56,13 +55,13 @@ class TowerTap:
     """Notes, per thread, what the last call of a tower and its projector were given.
 
     Args:
-        tower: Vision model with `encoder.layers` and a class token in front of the patches; None to note features only.
+        tower: Vision model with a class token in front of the patches; None to note features only.
         layers: Layers as `attentions[layer]` counts them.
         projector: Module whose input is noted, or None.
     """
 
     def __init__(self, tower: nn.Module | None, layers: Collection[int], projector: nn.Module | None = None) -> None:
-        self._layers = nn.ModuleList() if tower is None else tower.encoder.layers
+        self._layers = nn.ModuleList() if tower is None else host.tower_layers(tower)
         self._wanted = sorted({layer % len(self._layers) for layer in layers})
         self._projector = projector
         self._local = threading.local()
@@ -101,6 +100,6 @@ class TowerTap:
     def _remember(self, key: int | None):
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
             notes = self._local.__dict__.setdefault("notes", {})
-            notes[key] = args[0] if args else kwargs["hidden_states"]
+            notes[key] = host.layer_hidden(args, kwargs)
 
         return hook

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from apet.adapters import host
 from apet.bench.as_published import compress_as_published
 from apet.config import ApetConfig
 
@@ -64,7 +65,7 @@ class PublishedPipeline:
     def eager_tower(self) -> Iterator[None]:
         """The tower with eager attention inside the ``with`` block: other implementations return no attention maps."""
         tower = self._model.model.vision_tower
-        before = tower.config._attn_implementation
+        before = host.attention_name(tower.config)
         tower.set_attn_implementation("eager")
         try:
             yield
@@ -73,9 +74,9 @@ class PublishedPipeline:
 
     def _prefill(self, ids: Tensor, pixels: Tensor) -> tuple[Tensor, DynamicCache]:
         base = self._model.model
-        output = base.vision_tower(pixels.unsqueeze(0), output_attentions=True, output_hidden_states=True)
-        torch.stack(output.attentions)  # made, and never read
-        features = output.hidden_states[-2][:, 1:]
+        state, attentions = host.tower_state(base.vision_tower, pixels.unsqueeze(0), -2, attentions=True)
+        torch.stack(attentions)  # made, and never read
+        features = state[:, 1:]
         chosen = compress_as_published(features, self._keep, basis=self._basis)
         merged = features.clone()
         merged[0, chosen.indices[0]] = chosen.tokens[0]
@@ -95,12 +96,9 @@ class PublishedPipeline:
             if image_start is not None and index == self._stage_layer:
                 hidden = self._shorten(hidden, image_start)
             states.append(hidden)
-            past = cache.get_seq_length(index)
+            past = host.cached_length(cache, index)
             positions = torch.arange(past, past + hidden.shape[1], device=hidden.device).unsqueeze(0)
-            embeddings = text.rotary_emb(hidden, positions)
-            hidden = layer(
-                hidden, attention_mask=None, position_embeddings=embeddings, past_key_values=cache, use_cache=True
-            )
+            hidden = host.run_layer(layer, hidden, None, host.rotary(text, hidden, positions), cache)
         return text.norm(hidden)
 
     def _shorten(self, hidden: Tensor, start: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import apet
+from apet.adapters import host
 from apet.bench.presets import Preset
 from apet.bench.published_pipeline import MODEL_TYPES, PublishedPipeline
 from apet.bench.shapes import AS_PUBLISHED
@@ -60,7 +61,7 @@ class Variant:
         options: dict[str, Any] = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False}
         if self.cache is not None:
             self.cache.reset()
-            options |= {"past_key_values": self.cache, "compile_config": apet.compile_config()}
+            options |= host.with_cache(self.cache) | {"compile_config": apet.compile_config()}
         return self.model.generate(**inputs, **options)
 
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.model_executor.models.llava_next import (
     LlavaNextForConditionalGeneration,
@@ -17,6 +16,7 @@ from vllm.model_executor.models.llava_next import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from apet.adapters import host
 from apet.adapters.vision import ImageLayout, ImageRecord
 from apet.serving.counts import tiled_image_tokens
 from apet.serving.llava import attach_vision_stage
@@ -27,14 +27,14 @@ from apet.serving.processing import CompressedInfo, KeyedProcessor
 def _layout(height: int, width: int, pinpoints: tuple, image_size: int, patch_size: int) -> ImageLayout:
     """As `image_layout`, of plain numbers."""
     rows = (image_size // patch_size) ** 2
-    crops = image_size_to_num_patches((height, width), [list(pair) for pair in pinpoints], image_size)
+    crops = host.crops_of((height, width), [list(pair) for pair in pinpoints], image_size)
     # vLLM's own function arranges the numbers of the rows; the newline is -1.
     vision = SimpleNamespace(image_size=image_size, patch_size=patch_size)
     config = SimpleNamespace(image_grid_pinpoints=[list(pair) for pair in pinpoints], vision_config=vision)
-    host = SimpleNamespace(config=config, image_newline=torch.tensor([-1.0], dtype=torch.float64))
+    base = SimpleNamespace(config=config, image_newline=torch.tensor([-1.0], dtype=torch.float64))
     numbers = torch.arange(crops * rows, dtype=torch.float64).view(crops, rows, 1)
     merge = LlavaNextForConditionalGeneration._merge_image_patch_embeddings
-    columns = merge(host, torch.tensor([height, width]), numbers, strategy="spatial_unpad")
+    columns = merge(base, torch.tensor([height, width]), numbers, strategy="spatial_unpad")
     return ImageLayout(crops, rows, columns.flatten().long().numpy())
 
 

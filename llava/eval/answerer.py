@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 import apet
+from apet.adapters import host
 from apet.eval.answerer import Answer
 from apet.eval.benchmarks import Question
 from apet.eval.images import Pictures
@@ -231,7 +232,7 @@ def model_settings(model: torch.nn.Module, path: str, model_id: str) -> dict[str
         "model_id": model_id,
         "weights": weights_fingerprint(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attn_implementation": model.config._attn_implementation,
+        "attn_implementation": host.attention_name(model.config),
     }
 
 
@@ -267,7 +268,7 @@ class CompiledDecoding:
     def kwargs(self) -> dict[str, Any]:
         """Arguments of `generate`."""
         self._cache.reset()
-        return {"past_key_values": self._cache, "compile_config": self._compile}
+        return host.with_cache(self._cache) | {"compile_config": self._compile}
 
 
 class Upload:

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
+from apet.adapters import host
 from llava.conversation import conv_templates
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model import LlavaLlamaForCausalLM, LlavaMistralForCausalLM
@@ -76,7 +77,7 @@ def answer(loaded, run: dict) -> Answer:
     with torch.no_grad():
         *_, embeds, _ = model.prepare_inputs_labels_for_multimodal(ids[None], None, None, None, None, **images)
     new = output.sequences[0].tolist()
-    columns = output.past_key_values.get_seq_length() - len(new) + 1
+    columns = host.cache_of(output).get_seq_length() - len(new) + 1
     return Answer(ids.tolist(), embeds[0], new, torch.cat(output.logits), columns)
 
 

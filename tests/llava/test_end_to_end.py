@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import apet
+from apet.adapters import host
 from llava.mm_utils import process_images, tokenizer_image_token
 from llava.model.builder import load_pretrained_model
 
@@ -106,7 +107,7 @@ def compute(tokenizer, model, processor, name) -> Run:
         result = apet.last_result(model)
     for hook in hooks:
         hook.remove()
-    cached = [output.past_key_values.get_seq_length(layer) for layer in range(len(model.model.layers))]
+    cached = [host.cache_of(output).get_seq_length(layer) for layer in range(len(model.model.layers))]
     logits = torch.stack(output.logits)[:, 0].numpy()
     return Run(golden, ids, pixels, output.sequences[0].tolist(), logits, entered[0], lengths, rotary, cached, result)
 
@@ -211,6 +212,6 @@ def test_uncompressed_anyres_pictures(path):
         ids[None], images=pixels, image_sizes=[tuple(golden["image_size"])], max_new_tokens=12,
         return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
-    assert output.past_key_values.get_seq_length() == golden["prefill_len_per_layer"][0] + 11
+    assert host.cache_of(output).get_seq_length() == golden["prefill_len_per_layer"][0] + 11
     assert output.sequences[0].tolist() == golden["tokens"].tolist()
     np.testing.assert_allclose(torch.stack(output.logits)[:, 0], golden["logits"], atol=2e-3, rtol=0)

@@ -11,6 +11,7 @@ import torch
 from transformers import LogitsProcessor, TextStreamer
 
 import apet
+from apet.adapters import host
 from llava.model.builder import load_pretrained_model
 from llava.model.llava_arch import LlavaMetaForCausalLM
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
@@ -346,7 +347,7 @@ class TestReplacement:
             output_logits=True, **GREEDY,
         )  # fmt: skip
         assert calls == [[(9, 9)]] and not torch.equal(torch.stack(shorter.logits), plain)
-        assert shorter.past_key_values.get_seq_length() == len(ROWS[0]) - 1 + PATCHES - 1 + 7
+        assert host.cache_of(shorter).get_seq_length() == len(ROWS[0]) - 1 + PATCHES - 1 + 7
 
     @pytest.mark.parametrize("place", ["object", "mix-in"])
     def test_encoding(self, model, monkeypatch, place):
@@ -356,7 +357,7 @@ class TestReplacement:
         value = (lambda images: own(model, images)[:, :1]) if place == "object" else lambda self, x: own(self, x)[:, :1]
         monkeypatch.setattr(target, "encode_images", value)
         output = model.generate(torch.tensor([ROWS[0]]), images=pixels(1), return_dict_in_generate=True, **GREEDY)
-        assert output.past_key_values.get_seq_length() == len(ROWS[0]) + 7
+        assert host.cache_of(output).get_seq_length() == len(ROWS[0]) + 7
 
     def test_the_tower(self, model, monkeypatch):
         own = CLIPVisionTower.forward
@@ -408,7 +409,7 @@ class TestModelObject:
     def test_the_sequence_is_cut_at_the_tokenizers_length(self, model, monkeypatch):
         monkeypatch.setattr(model.config, "tokenizer_model_max_length", 6, raising=False)
         output = model.generate(torch.tensor([ROWS[2]]), images=pixels(2), return_dict_in_generate=True, **GREEDY)
-        assert output.past_key_values.get_seq_length() == 6 + 7
+        assert host.cache_of(output).get_seq_length() == 6 + 7
 
 
 NAMES = {

@@ -1,6 +1,5 @@
 """LLaVA on Llama-like decoders: the transformers LLaVA model with LLaVA's own prompt handling."""
 
-import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 import apet
+from apet.adapters import host
 from llava.model.llava_arch import LlavaMetaForCausalLM, LlavaMetaModel
 from llava.model.multimodal_projector.builder import build_vision_projector
 
@@ -43,15 +43,7 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlavaForConditionalGeneration)
         super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)
 
 
-def _extended_signature() -> inspect.Signature:
-    """`generate` reads the signature of forward to see what it may pass: the host's, plus `visual_items`."""
-    host = inspect.signature(LlavaForConditionalGeneration.forward)
-    extra = inspect.Parameter("visual_items", inspect.Parameter.KEYWORD_ONLY, default=None)
-    parameters = list(host.parameters.values())
-    return host.replace(parameters=[*parameters[:-1], extra, parameters[-1]])
-
-
-LlavaLlamaForCausalLM.forward.__signature__ = _extended_signature()
+LlavaLlamaForCausalLM.forward.__signature__ = host.with_argument(LlavaForConditionalGeneration.forward, "visual_items")
 
 
 def _projector_sizes(config: LlavaConfig) -> SimpleNamespace:

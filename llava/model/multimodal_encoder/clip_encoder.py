@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from apet.adapters import host
+
 
 class CLIPVisionTower:
     """Features of a CLIP vision model for the projector.
@@ -38,11 +40,7 @@ class CLIPVisionTower:
         if isinstance(images, list):
             return [self(image.unsqueeze(0)) for image in images]
         pixels = images.to(device=self.device, dtype=self.dtype)
-        # Asked for by number, so that a patched tower can stop there.
-        states = self.vision_tower(
-            pixels, output_hidden_states=self.select_layer or True, return_dict=True
-        ).hidden_states
-        hidden = states[self.select_layer]
+        hidden, _ = host.tower_state(self.vision_tower, pixels, self.select_layer)
         return self.feature_select(hidden).to(images.dtype)
 
     def feature_select(self, hidden: Tensor) -> Tensor:

@@ -1,20 +1,15 @@
 """Video-LLaVA: images padded to a square as in its own programs, videos as frames; prompts of `llava.conversation`."""
 
-import inspect
 from collections.abc import Sequence
 
 from PIL.Image import Image
 from transformers import VideoLlavaForConditionalGeneration, VideoLlavaImageProcessor
 
+from apet.adapters.host import pixel_argument
 from llava.mm_utils import expand2square
 from llava.model.processors.base import Clip, Encoded, FamilyProcessor, conversation_prompt
 
-# The model's name for images: the second up to transformers 5.22.
-_PIXELS = next(
-    name
-    for name in ("pixel_values", "pixel_values_images")
-    if name in inspect.signature(VideoLlavaForConditionalGeneration.forward).parameters
-)
+_PIXELS = pixel_argument(VideoLlavaForConditionalGeneration)
 
 
 class VideoLlavaProcessor(FamilyProcessor):

@@ -1,0 +1,385 @@
+"""Everything ApET assumes about the insides of transformers, one function or constant per assumption.
+
+No other file names an argument of a host's forward, a cache layer's attribute or a private helper
+(`tests/test_host_seam.py` holds us to it). `prove` checks on the model at hand, before it is touched, that what the
+hooks will read is there; `check_cache` checks while they run that the layers were given the cache the hooks saw. So a
+host that renames something is refused with a sentence, and never computes something else in silence.
+
+Seen in 5.17.0, 5.20.2, 5.22.2, 5.23.0 and 5.24.0; where they differ, the function says how.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, Cache, CompileConfig
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+# What CI runs; requirements.txt has the same range.
+TESTED = ">=5.17,<5.25"
+
+# Up to 5.23 forwards, `create_causal_mask` and outputs call the cache by the second name, from 5.24 on by the first.
+_CACHE_NAMES = ("cache", "past_key_values")
+# The images of Video-LLaVA have the second name up to 5.22.
+_PIXEL_NAMES = ("pixel_values", "pixel_values_images", "pixel_values_videos")
+# Up to 5.23 `generate` may hand a model what its encoder gave instead of pixels under this name; so does 5.24.
+_ENCODED = "mm_encoder_outputs"
+
+_BASE_READS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+_TEXT_READS = ("inputs_embeds", "attention_mask", "position_ids")
+_LAYER_READS = ("hidden_states", "attention_mask", "position_embeddings", "position_ids")
+_LAYER_HAS = ("self_attn", "input_layernorm")
+_TEXT_HAS = ("layers", "rotary_emb", "norm", "config")
+
+
+class UnknownHostError(RuntimeError):
+    """The installed transformers does not look as ApET knows it."""
+
+    def __init__(self, missing: str) -> None:
+        super().__init__(
+            f"transformers {transformers.__version__} is not a host that ApET knows: {missing}. Tested are versions "
+            f"{TESTED}; install one of them (pip install 'transformers{TESTED}') or a newer ApET"
+        )
+
+
+# Before a model is touched
+
+
+def prove(base_model: nn.Module, text_model: nn.Module) -> None:
+    """Check that everything the hooks will read exists in this model's classes.
+
+    Raises:
+        UnknownHostError: Something is missing; the message names it.
+    """
+    for name in _TEXT_HAS:
+        _expect(hasattr(text_model, name), f"{type(text_model).__name__} has no {name!r}")
+    for layer in text_model.layers[:1]:
+        for name in _LAYER_HAS:
+            _expect(hasattr(layer, name), f"{type(layer).__name__} has no {name!r}")
+    reads = [(base_model, _BASE_READS), (text_model, _TEXT_READS)]
+    reads += [(layer, _LAYER_READS) for layer in text_model.layers[:1]]
+    for module, names in reads:
+        known = argument_names(module.forward)
+        for name in names:
+            _expect(name in known, f"{type(module).__name__}.forward has no argument {name!r}")
+        _cache_name(known, f"{type(module).__name__}.forward")
+    cache_argument()
+
+
+def argument_names(function: Callable) -> list[str]:
+    """Names of a function's arguments in order, through decorators that kept the signature."""
+    return list(inspect.signature(function).parameters)
+
+
+def _cache_name(known: Sequence[str], where: str) -> str:
+    found = [name for name in _CACHE_NAMES if name in known]
+    _expect(bool(found), f"{where} has no argument for the cache ({' or '.join(map(repr, _CACHE_NAMES))})")
+    return found[0]
+
+
+def _expect(fine: bool, missing: str) -> None:
+    if not fine:
+        raise UnknownHostError(missing)
+
+
+# Arguments of forwards
+
+
+def cache_argument() -> str:
+    """What this host calls the cache in forwards, outputs and `generate`."""
+    return _cache_name(argument_names(create_causal_mask), "create_causal_mask")
+
+
+def with_cache(cache: Cache | None) -> dict[str, Cache | None]:
+    """The keyword argument of a forward or of `generate` that hands over a cache."""
+    return {cache_argument(): cache}
+
+
+def cache_of(given: Mapping[str, Any] | Any) -> Cache | None:
+    """The cache among a forward's arguments (by either name), or the one an output carries."""
+    for name in _CACHE_NAMES:
+        cache = given.get(name) if isinstance(given, Mapping) else getattr(given, name, None)
+        if cache is not None:
+            return cache
+    return None
+
+
+def check_cache(seen: Cache | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Cache | None:
+    """The cache that a decoder layer was given, found by its type; it must be the one the base model was given.
+
+    The text model makes one itself where it was given none; that one is still empty.
+
+    Raises:
+        UnknownHostError: The hooks missed the cache, or the layers did.
+    """
+    given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+    if seen is None and given is not None:
+        _expect(cached_length(given) == 0, "its layers get a filled cache that its base model was not given by name")
+    if seen is not None:
+        _expect(given is seen, "its base model was given a cache that its layers do not get")
+    return given
+
+
+def has_pictures(given: Mapping[str, Any]) -> bool:
+    """Whether a forward is given pixels, or what the encoder made of them."""
+    return bool(given.get(_ENCODED)) or any(given.get(name) is not None for name in _PIXEL_NAMES)
+
+
+def pixel_argument(model_class: type) -> str:
+    """What the forward of a class calls the pixels of images."""
+    known = argument_names(model_class.forward)
+    found = [name for name in _PIXEL_NAMES[:2] if name in known]
+    _expect(bool(found), f"{model_class.__name__}.forward has no argument {_PIXEL_NAMES[0]!r}")
+    return found[0]
+
+
+class TextInputs(NamedTuple):
+    """What a base model hands to its text model.
+
+    Attributes:
+        embeds: (B, L, D).
+        mask: 2-D, 4-D, a mapping of them, or None.
+        positions: (B, L), with M-RoPE (3 or 4, B, L), or None.
+    """
+
+    embeds: Tensor
+    mask: Any
+    positions: Tensor | None
+
+
+def text_inputs(kwargs: Mapping[str, Any]) -> TextInputs:
+    """What a base model hands to its text model, all by keyword.
+
+    Raises:
+        UnknownHostError: Something is not handed over.
+    """
+    for name in _TEXT_READS:
+        _expect(name in kwargs, f"the text model is called without {name!r}")
+    _expect(kwargs["inputs_embeds"] is not None, "the text model is called without embeddings")
+    return TextInputs(*(kwargs[name] for name in _TEXT_READS))
+
+
+def replaced_text_inputs(kwargs: Mapping[str, Any], inputs: TextInputs) -> dict[str, Any]:
+    """The keyword arguments of a text model with other embeddings, mask and positions."""
+    return {**kwargs, **dict(zip(_TEXT_READS, inputs, strict=True))}
+
+
+def full_mask(mask: Any) -> Any:
+    """The mask of full-attention layers, where a mask per kind of layer was made (static caches)."""
+    return mask.get("full_attention") if isinstance(mask, Mapping) else mask
+
+
+def layer_hidden(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """(B, L, D) what enters a layer of a decoder or of a tower: its first argument, or a keyword."""
+    _expect(bool(args) or "hidden_states" in kwargs, "a layer is called without 'hidden_states'")
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
+    """A layer's arguments with another input."""
+    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+
+
+def layer_rotary(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """The rotary embeddings (cos, sin) that a decoder layer is given."""
+    _expect(kwargs.get("position_embeddings") is not None, "a decoder layer is called without 'position_embeddings'")
+    return kwargs["position_embeddings"]
+
+
+def with_layer_inputs(kwargs: dict, mask: Tensor | None, rotary: tuple[Tensor, Tensor]) -> dict:
+    """A decoder layer's keyword arguments with a mask and rotary embeddings of its own.
+
+    Positions are needed for the rotary embeddings only; handed to the layers they would only make FlashAttention look
+    for packed sequences.
+    """
+    _expect("attention_mask" in kwargs, "a decoder layer is called without 'attention_mask'")
+    return kwargs | {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
+
+
+def run_layer(
+    layer: nn.Module, hidden: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor], cache: Cache
+) -> Tensor:
+    """(B, L, D) the output of a decoder layer."""
+    return layer(hidden, attention_mask=mask, position_embeddings=rotary, use_cache=True, **with_cache(cache))
+
+
+# Masks, positions and caches
+
+
+def causal_mask(text_model: nn.Module, hidden: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Any:
+    """The mask of a decoder layer, as its attention implementation wants it.
+
+    Args:
+        text_model: The decoder.
+        hidden: (B, Q, D) what enters the layer.
+        mask: (B, keys) bool, False on padding; None without padding.
+        cache: The prompt's cache.
+        layer: 0-based.
+    """
+    return create_causal_mask(
+        config=text_model.config, inputs_embeds=hidden, attention_mask=mask, layer_idx=layer, **with_cache(cache)
+    )
+
+
+def rotary(text_model: nn.Module, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """The decoder's rotary embeddings (cos, sin) at positions (B, L) or (3, B, L)."""
+    return text_model.rotary_emb(hidden, positions)
+
+
+def cached_length(cache: Cache, layer: int = 0) -> int | Tensor:
+    """Tokens in a layer of the cache; a tensor on the device for a static one."""
+    return cache.get_seq_length(layer)
+
+
+def key_length(cache: Cache, layer: int, queries: int) -> int:
+    """Keys that `queries` new tokens will meet in a layer: for a static cache all that it has room for."""
+    return cache.get_mask_sizes(queries, layer)[0]
+
+
+def is_static(cache: Cache | None, layer: int | None = None) -> bool:
+    """Whether a cache (or one layer of it) has a fixed shape, so that decoding on it may be compiled."""
+    part = cache if cache is None or layer is None else cache.layers[layer]
+    return bool(getattr(part, "is_compileable", False))
+
+
+def compile_everywhere(**changes: Any) -> CompileConfig:
+    """A `compile_config` for `generate` that compiles the decoding step on any device; by itself it does so on GPUs."""
+    config = CompileConfig(**{"dynamic": False} | changes)
+    config._compile_all_devices = True
+    return config
+
+
+# Attention
+
+
+def other_attention(config: Any) -> str | None:
+    """Which attention other than full a decoder's configuration asks for; None where all is full."""
+    kinds = getattr(config, "layer_types", None) or []
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if window or any(kind != "full_attention" for kind in kinds):
+        return f"sliding_window={window}, layers {sorted(set(kinds))}"
+    return None
+
+
+def attention_name(config: Any) -> str:
+    """The attention implementation that a configuration names."""
+    return config._attn_implementation
+
+
+def set_attention_name(config: Any, name: str) -> None:
+    """Name another implementation in a configuration; modules look it up when they run."""
+    config._attn_implementation = name
+
+
+def register_attention(name: str, function: Callable, masks_of: str | None = None) -> None:
+    """Make an attention function available under a name, with the masks of the implementation `masks_of`."""
+    AttentionInterface.register(name, function)
+    if masks_of is not None:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks_of])
+
+
+def attention_function(name: str, module: nn.Module) -> Callable:
+    """The attention function of an implementation; every modelling file has an eager one of its own."""
+    if name == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def attention_of(layer: nn.Module) -> nn.Module:
+    """The attention module of a decoder layer."""
+    return layer.self_attn
+
+
+def layer_number(attention: nn.Module) -> int:
+    """0-based layer that a decoder's attention module belongs to."""
+    return attention.layer_idx
+
+
+class AttentionCall(NamedTuple):
+    """How an attention module is called without a cache: `module.forward(hidden, **kwargs)`."""
+
+    module: nn.Module
+    hidden: Tensor
+    kwargs: dict[str, Any]
+
+
+def decoder_attention(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> AttentionCall:
+    """The attention of a decoder layer whose input is `hidden` (B, L, D)."""
+    inputs = {"position_embeddings": rotary, "attention_mask": None}
+    return AttentionCall(layer.self_attn, layer.input_layernorm(hidden), inputs)
+
+
+def tower_attention(layer: nn.Module, hidden: Tensor) -> AttentionCall:
+    """The attention of a layer of a CLIP tower whose input is `hidden` (C, P, D)."""
+    return AttentionCall(layer.self_attn, layer.layer_norm1(hidden), {"attention_mask": None})
+
+
+# Vision towers and encoders
+
+ENCODERS = ("get_image_features", "get_video_features")
+
+
+def encoded_features(output: Any) -> Any:
+    """Features behind the projector in the output of one of `ENCODERS`: per image (T, D), or (C, T, D)."""
+    _expect(hasattr(output, "pooler_output"), f"the image encoder gives a {type(output).__name__} without features")
+    return output.pooler_output
+
+
+def tower_layers(tower: nn.Module) -> Sequence[nn.Module]:
+    """Layers of a vision tower in order; none for a tower of another build."""
+    return getattr(getattr(tower, "encoder", None), "layers", ())
+
+
+def has_class_token(tower: nn.Module) -> bool:
+    """Whether a tower puts a class token in front of its patches."""
+    return hasattr(getattr(tower, "embeddings", None), "class_embedding")
+
+
+def wanted_state(kwargs: Mapping[str, Any]) -> int | None:
+    """The one hidden state a tower is asked for, by number (0 is the embedding); None for all, or several.
+
+    From 5.23 on LLaVA asks for its layer by number; before, a list counted differently.
+    """
+    states = kwargs.get("output_hidden_states")
+    return states if type(states) is int and states != 0 else None
+
+
+def tower_state(tower: nn.Module, pixels: Tensor, layer: int, attentions: bool = False) -> tuple[Tensor, Any]:
+    """Hidden state `layer` of a tower for pixels (C, 3, H, W), and all attention maps where they are asked for."""
+    extra = {"output_attentions": True} if attentions else {}
+    # Asked for by number, so that a patched tower can stop there.
+    output = tower(pixels, output_hidden_states=True if attentions else layer or True, return_dict=True, **extra)
+    return output.hidden_states[layer], output.attentions if attentions else None
+
+
+def crops_of(size: Sequence[int], pinpoints: Any, side: int) -> int:
+    """Crops that an anyres picture of size (height, width) is encoded as, the overview included."""
+    return image_size_to_num_patches(size, pinpoints, side)
+
+
+def packed(base_model: nn.Module, crops: Tensor, size: Sequence[int], newline: Tensor, **options: Any) -> Tensor:
+    """How a host arranges the rows (crops, N, D) of one anyres picture in its prompt: (T, D)."""
+    (arranged,), _ = base_model.pack_image_features([crops], [size], image_newline=newline, **options)
+    return arranged
+
+
+# Generation
+
+
+def with_argument(forward: Callable, name: str) -> inspect.Signature:
+    """The signature of a forward with one more keyword: `generate` reads it to see what it may hand over."""
+    known = inspect.signature(forward)
+    *before, rest = known.parameters.values()
+    added = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
+    return known.replace(parameters=[*before, added, rest])
+
+
+def prompt_ids(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The ids (B, L) that `generate` was called with; None for embeddings alone."""
+    given = [*args[:1], kwargs.get("inputs"), kwargs.get("input_ids")]
+    return next((one for one in given if isinstance(one, Tensor)), None)
