@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from bench.shrunk import shrunk
 from torch.utils.flop_counter import FlopCounterMode
 
 import apet
@@ -26,7 +25,7 @@ def counted(call) -> int:
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_flops_and_cache_are_those_of_a_run(name, compressed):
-    preset = shrunk(name)
+    preset = get_preset(name).shrunk()
     model = preset.build(CPU, torch.float32, "eager")
     inputs = preset.inputs(1, 9, CPU, torch.float32)
     dims = preset.dims()
@@ -52,7 +51,7 @@ def test_flops_and_cache_are_those_of_a_run(name, compressed):
 
 
 def test_batches_multiply():
-    dims = ModelDims.of(shrunk("llava-1.5-7b").config())
+    dims = ModelDims.of(get_preset("llava-1.5-7b").shrunk().config())
     one, four = (prefill_cost(dims, [96] * 4, text_tokens=9, batch=batch) for batch in (1, 4))
     assert (four.flops, four.kv_bytes) == (4 * one.flops, 4 * one.kv_bytes)
     assert [part.weight_bytes for part in four.parts] == [part.weight_bytes for part in one.parts]
@@ -64,7 +63,7 @@ def cache_bytes(cache) -> int:
 
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "qwen2.5-vl-7b", "video-llava-7b"])
 def test_tokens_per_layer_are_those_of_a_run(name):
-    preset = shrunk(name)
+    preset = get_preset(name).shrunk()
     model = preset.build(CPU, torch.float32)
     config = preset.compression("apet")
     with torch.inference_mode(), apet.patched(model, config):
@@ -96,7 +95,7 @@ def test_published_dimensions():
 
 
 def test_seconds_are_bound_by_products_or_by_weights():
-    dims = ModelDims.of(shrunk("llava-1.5-7b").config())
+    dims = ModelDims.of(get_preset("llava-1.5-7b").shrunk().config())
     cost = decode_cost(dims, [100] * 4)
     weights = sum(part.weight_bytes for part in cost.parts)
     moved = sum(part.activation_bytes for part in cost.parts)
@@ -105,12 +104,12 @@ def test_seconds_are_bound_by_products_or_by_weights():
 
 
 def test_what_cannot_be_predicted():
-    config = shrunk("qwen2.5-vl-7b").config()
+    config = get_preset("qwen2.5-vl-7b").shrunk().config()
     with pytest.raises(ValueError, match="grid of patches"):
         ModelDims.of(config)
     config.model_type = "blip"
     with pytest.raises(ValueError, match="'blip' is not known"):
         ModelDims.of(config)
-    dims = ModelDims.of(shrunk("llava-1.5-7b").config())
+    dims = ModelDims.of(get_preset("llava-1.5-7b").shrunk().config())
     with pytest.raises(ValueError, match="3 numbers for 4 decoder layers"):
         prefill_cost(dims, [576] * 3, text_tokens=9)

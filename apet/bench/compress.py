@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from apet.bench.as_published import broadcast_elements
-from apet.bench.device import add_device_flags, chosen_device, count_launches, described, graphed
+from apet.bench.device import (
+    LAUNCH_COLUMNS,
+    add_device_flags,
+    chosen_device,
+    count_launches,
+    described,
+    graphed,
+    launch_cells,
+)
 from apet.bench.memory import peak_bytes
 from apet.bench.output import table
 from apet.bench.shapes import AS_PUBLISHED, Shape, block, compressor, parse_methods
@@ -52,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for shape in shapes:
         figure, rows = _time_shape(shape, methods, device, dtype, args)
         figures.append(figure)
-        columns = ["", "ms, median (p10..p90)", "as published / this", "this / floor", "launches", "syncs"]
+        columns = ["", "ms, median (p10..p90)", "as published / this", "this / floor", *LAUNCH_COLUMNS]
         tables.append(table(f"compress {shape}, {title}", columns, rows))
     result: dict[str, Any] = {"shapes": figures}
     if scaled:
@@ -94,28 +102,32 @@ def _scaling_shape(text: str, tokens: int) -> Shape:
 def _time_shape(shape: Shape, methods: list[str], device, dtype, args) -> tuple[dict[str, Any], list[list]]:
     tokens = block(shape, device, dtype)
     calls: dict[str, Callable[[], Any]] = {name: compressor(name, shape, tokens) for name in methods}
+    failed = {}
     if device.type == "cuda":
-        calls[_GRAPH] = graphed(calls["apet"], device)
+        try:
+            calls[_GRAPH] = graphed(calls["apet"], device)
+        except RuntimeError as error:
+            failed[_GRAPH] = f"not captured: {str(error).splitlines()[0]}"
     calls[AS_PUBLISHED] = compressor(AS_PUBLISHED, shape, tokens)
     floor = floor_calls(tokens, shape.keep)
-    times = time_in_turns(calls | floor, device, repeats=args.repeats, warmup=args.warmup)
+    times = time_in_turns(calls | floor, device, repeats=args.repeats, warmup=args.warmup, seconds=args.seconds)
     floor_times = [sum(pair) for pair in zip(*(times[name] for name in floor), strict=True)]
     rows, entries = [], {}
     for name, call in calls.items():
         launches = count_launches(call, device)
         faster, above = ratio(times[AS_PUBLISHED], times[name]), ratio(times[name], floor_times)
-        counts = [launches.kernels, launches.syncs] if launches else [None, None]
-        rows.append([_described(name), str(Timing.of(times[name])), str(faster), str(above), *counts])
+        rows.append([_described(name), str(Timing.of(times[name])), str(faster), str(above), *launch_cells(launches)])
         entries[name] = {
             "ms": Timing.of(times[name])._asdict(),
             "as_published_over_this": faster._asdict(),
             "over_floor": above._asdict(),
             "launches": launches._asdict() if launches else None,
         }
+    rows += [[name, reason, None, None, *launch_cells(None)] for name, reason in failed.items()]
     for name in floor:
-        rows.append([f"floor: {name}", str(Timing.of(times[name])), None, None, None, None])
+        rows.append([f"floor: {name}", str(Timing.of(times[name])), None, None, *launch_cells(None)])
         entries[name] = {"ms": Timing.of(times[name])._asdict()}
-    return {"shape": str(shape), "calls": entries}, rows
+    return {"shape": str(shape), "calls": entries, "failed": failed}, rows
 
 
 def _described(name: str) -> str:
@@ -131,7 +143,8 @@ def _time_growth(shapes: list[Shape], device, dtype, args) -> tuple[dict[str, An
     for shape in shapes:
         tokens = block(shape, device, dtype)
         calls = {"apet": compressor("apet", shape, tokens)}
-        timing = Timing.of(time_in_turns(calls, device, repeats=args.repeats, warmup=args.warmup)["apet"])
+        times = time_in_turns(calls, device, repeats=args.repeats, warmup=args.warmup, seconds=args.seconds)
+        timing = Timing.of(times["apet"])
         medians.append(timing.median)
         rows.append([str(shape), str(timing), f"{timing.median / shape.tokens * 1e3:.3g}"])
     fit = fit_growth([shape.tokens for shape in shapes], medians)

@@ -19,11 +19,25 @@ class Launches(NamedTuple):
         kernels: Kernel (or graph) launches.
         copies: Copies and fills.
         syncs: Times the host waits for the device in the middle of the call.
+        busy_ms: Time of all kernels and copies on the GPU: what is left of the call without gaps between them.
+        longest: Names of the kernels that take most of it, with how often they ran and their milliseconds.
     """
 
     kernels: int
     copies: int
     syncs: int
+    busy_ms: float
+    longest: tuple[tuple[str, int, float], ...]
+
+
+# Columns of the tables; `launch_cells` fills them.
+LAUNCH_COLUMNS = ("launches", "syncs", "GPU busy ms")
+_LONGEST = 8
+
+
+def launch_cells(launches: Launches | None) -> list[Any]:
+    """The cells of `LAUNCH_COLUMNS`."""
+    return [None] * 3 if launches is None else [launches.kernels, launches.syncs, launches.busy_ms]
 
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -36,6 +50,7 @@ def add_device_flags(parser: argparse.ArgumentParser, repeats: int) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bfloat16 on a GPU, float32 on a CPU")
     parser.add_argument("--repeats", type=int, default=repeats, help="measurements of each call")
     parser.add_argument("--warmup", type=int, default=2, help="rounds in front that are not counted")
+    parser.add_argument("--seconds", type=float, help="stop a table after so much time and at least three measurements")
 
 
 def chosen_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
@@ -84,9 +99,20 @@ def count_launches(call: Callable[[], Any], device: torch.device) -> Launches | 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
         call()
         torch.cuda.synchronize(device)
-    names = [event.name for event in recorded.events()]
-    kernels = sum(name.startswith(_LAUNCHES) for name in names)
-    return Launches(kernels, sum(name.startswith(_COPIES) for name in names), syncs)
+    names, spent = [], {}
+    for event in recorded.events():
+        names.append(event.name)
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            runs, before = spent.get(event.name, (0, 0.0))
+            spent[event.name] = runs + 1, before + event.time_range.elapsed_us() / 1e3
+    longest = sorted(((name, runs, ms) for name, (runs, ms) in spent.items()), key=lambda one: -one[2])
+    return Launches(
+        sum(name.startswith(_LAUNCHES) for name in names),
+        sum(name.startswith(_COPIES) for name in names),
+        syncs,
+        sum(ms for *_, ms in longest),
+        tuple(longest[:_LONGEST]),
+    )
 
 
 def _count_syncs(call: Callable[[], Any]) -> int:
@@ -107,6 +133,13 @@ def graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     Raises:
         RuntimeError: From torch, where the call waits for the device or allocates what a capture does not allow.
     """
+    call()
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()  # a capture that fails half-way leaves the random generator unusable
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):

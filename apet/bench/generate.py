@@ -10,13 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apet.bench.comparison import COLUMNS, Comparison
 from apet.bench.device import add_device_flags, chosen_device, described
 from apet.bench.output import table
 from apet.bench.prefill import add_model_flags
-from apet.bench.presets import get_preset
+from apet.bench.presets import Preset, get_preset
 from apet.bench.timing import time_in_turns
 from apet.bench.variants import NONE, RANDOM, Variant, make_variants, parse_counts, runnable
 
@@ -37,9 +37,16 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: A flag that cannot be.
     """
     device, dtype = chosen_device(args)
-    preset, batches = get_preset(args.preset), parse_counts(args.batch, "--batch")
+    preset = get_preset(args.preset)
+    return measure(preset, preset.build(device, dtype, args.attn_implementation), args)
+
+
+@torch.inference_mode()
+def measure(preset: Preset, model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
+    """As `run`, on a model that is there."""
+    device, dtype = chosen_device(args)
+    batches = parse_counts(args.batch, "--batch")
     lengths = sorted(set(parse_counts(args.new_tokens, "--new_tokens")))
-    model = preset.build(device, dtype, args.attn_implementation)
     methods = [name for name in args.methods.split(",") if name not in (NONE, RANDOM)]
     variants = make_variants(model, preset, methods, args.tokens, not args.no_published)
     if args.compile:
@@ -79,7 +86,7 @@ def _time_answers(
 ) -> dict[str, Comparison]:
     calls = {variant.name: lambda variant=variant: variant.generate(inputs, length) for variant in variants}
     around = {variant.name: variant.active for variant in variants}
-    options = {"repeats": args.repeats, "warmup": args.warmup}
+    options = {"repeats": args.repeats, "warmup": args.warmup, "seconds": args.seconds}
     if args.compile:
         # A compiled step belongs to the hooks it was traced with, so each variant stays patched and has its own turn.
         times = {}

@@ -5,25 +5,37 @@ random selection at the same budget is the ceiling of any method.
 """
 
 import argparse
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import apet
 from apet.bench.ceilings import add_ceiling_flags, chosen_ceilings
 from apet.bench.ceilings import described as described_ceilings
 from apet.bench.comparison import COLUMNS, Comparison, percent, text, timings_as_json
 from apet.bench.components import TOTAL, marked, tower_stops_early
-from apet.bench.device import add_device_flags, chosen_device, count_launches, described, graphed
+from apet.bench.device import (
+    LAUNCH_COLUMNS,
+    add_device_flags,
+    chosen_device,
+    count_launches,
+    described,
+    graphed,
+    launch_cells,
+)
 from apet.bench.output import table
 from apet.bench.presets import PRESETS, Preset, get_preset
-from apet.bench.timing import Timing, time_in_turns
+from apet.bench.shapes import AS_PUBLISHED
+from apet.bench.timing import FEWEST, Timing, time_in_turns
 from apet.bench.variants import NONE, RANDOM, Variant, make_variants, parse_counts, runnable
 from apet.cost import Ceilings, prefill_cost
 
-_GRAPH = ", CUDA graph"
+# Behind the name of a variant that runs as one captured graph.
+GRAPH = ", CUDA graph"
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +65,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         ValueError: A flag that cannot be.
     """
     device, dtype = chosen_device(args)
-    preset, batches = get_preset(args.preset), parse_counts(args.batch, "--batch")
+    preset = get_preset(args.preset)
+    return measure(preset, preset.build(device, dtype, args.attn_implementation), args)
+
+
+@torch.inference_mode()
+def measure(preset: Preset, model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
+    """As `run`, on a model that is there."""
+    device, dtype = chosen_device(args)
+    batches = parse_counts(args.batch, "--batch")
     if args.cuda_graphs and device.type != "cuda":
         raise ValueError("--cuda_graphs needs --device cuda")
-    model = preset.build(device, dtype, args.attn_implementation)
     methods = [name for name in args.methods.split(",") if name not in (NONE, RANDOM)]
     variants = make_variants(model, preset, methods, args.tokens, not args.no_published)
     ceilings = chosen_ceilings(args, device, dtype)
@@ -68,7 +87,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         figure, rows = _time_to_first_token(fine, failed, inputs, batch, device, args)
         parts, part_rows = _components(fine, inputs, device, args)
         _add_predictions(figure, rows, fine, preset, inputs, args.text_tokens, dtype, ceilings)
-        columns = ["", *COLUMNS, "launches", "syncs", "predicted ms"]
+        columns = ["", *COLUMNS, *LAUNCH_COLUMNS, "predicted ms"]
         tables.append(table(f"time to first token, {title}, {described_ceilings(ceilings)}", columns, rows))
         names = [variant.name for variant in fine if variant.pipeline is None]
         tables.append(table(f"components in ms, {title}", ["", *names], part_rows))
@@ -85,20 +104,31 @@ def _time_to_first_token(
         for variant in [one for one in variants if one.pipeline is None]:
             try:
                 with variant.active():
-                    calls[variant.name + _GRAPH] = graphed(calls[variant.name], device)
-            except RuntimeError as error:
-                failed[variant.name + _GRAPH] = f"not captured: {str(error).splitlines()[0]}"
-    times = time_in_turns(calls, device, repeats=args.repeats, warmup=args.warmup, around=around)
+                    calls[variant.name + GRAPH] = graphed(variant.embedded_prefill(inputs), device)
+            except (RuntimeError, ValueError) as error:
+                failed[variant.name + GRAPH] = f"not captured: {str(error).splitlines()[0]}"
+    times = time_in_turns(calls, device, repeats=args.repeats, warmup=args.warmup, seconds=args.seconds, around=around)
     rows, figures = [], {}
     for name in calls:
-        with around[name]() if name in around else torch.inference_mode():
-            launches = count_launches(calls[name], device)
-        compared = Comparison.of(times, name, batch)
-        counts = [launches.kernels, launches.syncs] if launches else [None, None]
+        launches = None
+        if name != AS_PUBLISHED or batch == 1:  # each further sample repeats the launches of the first
+            with around[name]() if name in around else nullcontext():
+                launches = count_launches(calls[name], device)
+        compared = Comparison.of(_alike(times, name), name.removesuffix(GRAPH), batch)
         figures[name] = compared.as_json() | {"launches": launches._asdict() if launches else None}
-        rows.append([name, *compared.cells(), *counts])
-    empty = [None] * (len(COLUMNS) + 1)
+        rows.append([name, *compared.cells(), *launch_cells(launches)])
+    empty = [None] * (len(COLUMNS) + len(LAUNCH_COLUMNS) - 1)
     return figures, rows + [[name, reason, *empty] for name, reason in failed.items()]
+
+
+def _alike(times: Mapping[str, list[float]], name: str) -> dict[str, list[float]]:
+    """The times that `name` is compared with: graphs with graphs; the published pipeline is no graph."""
+    graph = name.endswith(GRAPH)
+    return {
+        other.removesuffix(GRAPH): spent
+        for other, spent in times.items()
+        if other.endswith(GRAPH) == graph or other == AS_PUBLISHED
+    }
 
 
 def _add_predictions(
@@ -133,7 +163,10 @@ def _components(variants: Sequence[Variant], inputs: Mapping[str, Tensor], devic
     measured = [variant for variant in variants if variant.pipeline is None]
     stages = next((variant.config.layer_list for variant in measured if variant.config is not None), ())
     spent: dict[str, list[dict[str, float]]] = {variant.name: [] for variant in measured}
+    begun = time.monotonic()
     for turn in range(args.repeats + 1):
+        if args.seconds is not None and turn > FEWEST and time.monotonic() - begun > args.seconds:
+            break
         for variant in measured:
             with variant.active(), marked(variant.model, device, stages) as marks:
                 variant.prefill(inputs)

@@ -6,7 +6,7 @@ settings: 1.5 T tokens until the middle layer, T / 2 behind it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from apet.cost import ModelDims, tokens_per_layer
 
 _TEXT_BEFORE = 35  # tokens in front of the image: the system prompt of LLaVA-1.5
 _VICUNA_VOCAB = 32064
+_SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,21 @@ class Preset:
     def dims(self) -> ModelDims:
         """Dimensions, for the cost model."""
         return ModelDims.of(self.config(), **self.shape)
+
+    def shrunk(self) -> "Preset":
+        """The preset with few narrow layers: the same prompts, budgets and code paths in seconds on a laptop."""
+        config = self.config()
+        for name, value in (_SMALL | {"num_hidden_layers": 4, "num_key_value_heads": 2, "head_dim": 16}).items():
+            setattr(config.text_config, name, value)
+        vision = config.vision_config
+        if hasattr(vision, "depth"):
+            vision.depth, vision.hidden_size, vision.intermediate_size = 3, 64, 96
+            vision.num_heads, vision.fullatt_block_indexes, vision.out_hidden_size = 4, [1], 64
+            config.text_config.rope_parameters["mrope_section"] = [2, 3, 3]
+        else:
+            for name, value in (_SMALL | {"num_hidden_layers": 3, "projection_dim": 64}).items():
+                setattr(vision, name, value)
+        return replace(self, config=lambda: config)
 
     def visual_tokens(self, config: ApetConfig | None) -> list[int]:
         """Visual tokens of every decoder layer, without the newlines that LLaVA-NeXT keeps beside the budget."""

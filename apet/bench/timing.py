@@ -11,6 +11,8 @@ import torch
 
 # A measurement shorter than this repeats its call, so that the clock and the wait for the device do not count.
 _SHORTEST_MS = 1.0
+# Rounds that a limit of time leaves.
+FEWEST = 3
 
 
 class Timing(NamedTuple):
@@ -20,17 +22,23 @@ class Timing(NamedTuple):
         median: Of all repetitions.
         p10: 10th percentile.
         p90: 90th percentile.
+        p25: Lower quartile.
+        p75: Upper quartile.
+        count: Measurements.
     """
 
     median: float
     p10: float
     p90: float
+    p25: float
+    p75: float
+    count: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Timing":
         """Summary of measurements."""
-        p10, median, p90 = np.percentile(values, [10, 50, 90]).tolist()
-        return cls(median, p10, p90)
+        p10, p25, median, p75, p90 = np.percentile(values, [10, 25, 50, 75, 90]).tolist()
+        return cls(median, p10, p90, p25, p75, len(values))
 
     def __str__(self) -> str:
         return f"{number(self.median)} ({number(self.p10)}..{number(self.p90)})"
@@ -53,6 +61,7 @@ def time_in_turns(
     *,
     repeats: int,
     warmup: int = 2,
+    seconds: float | None = None,
     around: Mapping[str, Callable[[], AbstractContextManager]] | None = None,
 ) -> dict[str, list[float]]:
     """Milliseconds per call, `repeats` measurements of each, one round of all calls after another.
@@ -65,6 +74,7 @@ def time_in_turns(
         device: Where it runs.
         repeats: Measurements per call.
         warmup: Rounds that are not counted.
+        seconds: Behind the third round, stop when so much time has passed, warm-up included; None for no limit.
         around: What must hold during a call but is not timed, by the call's name.
 
     Raises:
@@ -75,8 +85,10 @@ def time_in_turns(
     times: dict[str, list[float]] = {name: [] for name in calls}
     inner = dict.fromkeys(calls, 1)
     around = around or {}
-    names = list(calls)
+    names, begun = list(calls), time.monotonic()
     for turn in range(warmup + repeats):
+        if seconds is not None and turn >= warmup + FEWEST and time.monotonic() - begun > seconds:
+            break
         for name in names if turn % 2 == 0 else reversed(names):
             with around.get(name, nullcontext)():
                 spent = _measure(calls[name], inner[name], device)

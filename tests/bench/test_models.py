@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from bench.shrunk import shrunk
 from transformers import CompileConfig
 
 import apet
@@ -23,7 +22,7 @@ CPU = torch.device("cpu")
     [("llava-1.5-7b", 64), ("llava-1.5-13b", 64), ("llava-next-7b", 320), ("qwen2.5-vl-7b", 259), ("cpu-small", 64)],
 )
 def test_presets_spend_their_budget(name, average):
-    preset = shrunk(name)
+    preset = get_preset(name).shrunk()
     model = preset.build(CPU, torch.float32)
     inputs = preset.inputs(1, 8, CPU, torch.float32)
     with torch.inference_mode(), apet.patched(model, preset.compression("apet")):
@@ -36,7 +35,7 @@ def test_presets_spend_their_budget(name, average):
 
 
 def test_a_clip_keeps_its_tokens_per_frame():
-    preset = shrunk("video-llava-7b")
+    preset = get_preset("video-llava-7b").shrunk()
     model = preset.build(CPU, torch.float32)
     with torch.inference_mode(), apet.patched(model, preset.compression("apet")):
         model(**preset.inputs(1, 8, CPU, torch.float32))

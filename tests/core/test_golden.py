@@ -11,6 +11,14 @@ import apet
 GOLDEN = Path(__file__).parents[1] / "golden" / "algorithm"
 KEEP_ALL = {"enc_b1_n256_d48_keep256_basis10", "enc_b1_n576_d16_keep576_passthrough"}
 DTYPES = [torch.float32, torch.float16]
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request) -> str:
+    return request.param
 
 
 def names(pattern: str) -> list[str]:
@@ -22,14 +30,14 @@ def load(name: str) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-def compress(golden, tokens, dtype, **options) -> apet.CompressedTokens:
+def compress(golden, tokens, dtype, device, **options) -> apet.CompressedTokens:
     """Run on the golden file's tokens (B, N, D), budget, basis size and start."""
     start = golden["start"]
-    start = int(start) if start.ndim == 0 else torch.from_numpy(start)
-    tokens = torch.from_numpy(np.ascontiguousarray(tokens)).to(dtype)
+    start = int(start) if start.ndim == 0 else torch.from_numpy(start).to(device)
+    tokens = torch.from_numpy(np.ascontiguousarray(tokens)).to(device, dtype)
     result = apet.compress(tokens, int(golden["keep"]), basis=int(golden["num_basis"]), start=start, **options)
-    assert result.tokens.dtype == dtype
-    return result
+    assert result.tokens.dtype == dtype and result.tokens.device.type == device
+    return apet.CompressedTokens(*(field.cpu() for field in result))
 
 
 def check(result, golden, output, dtype, indices="kept_indices") -> None:
@@ -51,17 +59,17 @@ def test_all_files_are_here():
 
 
 @pytest.mark.parametrize("name", names("fps_*"))
-def test_farthest_points(name):
+def test_farthest_points(name, device):
     golden = load(name) | {"keep": np.array(1)}
-    result = compress(golden, golden["features"], torch.float32, insertion="none")
+    result = compress(golden, golden["features"], torch.float32, device, insertion="none")
     np.testing.assert_array_equal(result.basis, golden["basis_indices"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", sorted(set(names("enc_*")) - KEEP_ALL))
-def test_vision_stage(name, dtype):
+def test_vision_stage(name, dtype, device):
     golden = load(name)
-    result = compress(golden, golden["features"], dtype)
+    result = compress(golden, golden["features"], dtype, device)
     check(result, golden, golden.get("output"), dtype)
     for sources, indices, donors, targets in zip(
         result.sources, result.indices, golden["donor_indices"], golden["donor_target"], strict=True
@@ -70,38 +78,43 @@ def test_vision_stage(name, dtype):
 
 
 @pytest.mark.parametrize("name", sorted(KEEP_ALL))
-def test_keeping_all_is_the_identity(name):
+def test_keeping_all_is_the_identity(name, device):
     golden = load(name)
-    result = compress(golden, golden["features"], torch.float32)
+    result = compress(golden, golden["features"], torch.float32, device)
     np.testing.assert_array_equal(result.tokens, golden["features"])
     np.testing.assert_array_equal(result.indices, golden["kept_indices"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", names("llm_*") + names("qwen_llm_*"))
-def test_decoder_stage(name, dtype):
+def test_decoder_stage(name, dtype, device):
     golden = load(name)
     qwen = {"insertion": "blend", "ridge": 0.1} if name.startswith("qwen") else {}
     starts, (length,) = np.atleast_1d(golden["image_start"]), set(np.atleast_1d(golden["image_length"]).tolist())
     keep = int(golden["keep"])
     blocks = np.stack([row[p : p + length] for row, p in zip(golden["hidden"], starts, strict=True)])
     output = np.stack([row[p : p + keep] for row, p in zip(golden["output"], starts, strict=True)])
-    check(compress(golden, blocks, dtype, slots="error", **qwen), golden, output, dtype)
+    check(compress(golden, blocks, dtype, device, slots="error", **qwen), golden, output, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", names("qwen_enc_*"))
-def test_qwen_vision_stage(name, dtype):
+def test_qwen_vision_stage(name, dtype, device):
     golden = load(name)
     assert int(golden["ratio"] * len(golden["features"])) == golden["keep"]
-    check(compress(golden, golden["features"][None], dtype, insertion="blend"), golden, golden["output"][None], dtype)
+    check(
+        compress(golden, golden["features"][None], dtype, device, insertion="blend"),
+        golden,
+        golden["output"][None],
+        dtype,
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", names("video_*"))
-def test_video_frames(name, dtype):
+def test_video_frames(name, dtype, device):
     golden = load(name)
     patches, output = golden["features"][0, :, 1:], golden["output"][0, :, 1:]
-    result = compress(golden, patches, dtype, insertion="append")
+    result = compress(golden, patches, dtype, device, insertion="append")
     check(result, golden, output, dtype, indices="top_indices")
     np.testing.assert_array_equal(result.indices[:, int(golden["keep"]) :], golden["basis_indices"])
