@@ -92,8 +92,14 @@ def test_calls_take_turns(monkeypatch):
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
 
 
+def test_a_limit_of_time_leaves_three_rounds():
+    calls = {"one": lambda: None, "two": lambda: None}
+    assert [len(spent) for spent in timing.time_in_turns(calls, "cpu", repeats=5, seconds=0).values()] == [3, 3]
+    assert [len(spent) for spent in timing.time_in_turns(calls, "cpu", repeats=5, seconds=60).values()] == [5, 5]
+
+
 def test_ratio_is_taken_round_by_round():
-    assert timing.ratio([10, 20, 30], [5, 10, 15]) == (2, 2, 2)
+    assert timing.ratio([10, 20, 30], [5, 10, 15]) == (2, 2, 2, 2, 2, 3)
 
 
 def test_fit_recovers_the_exponent():

@@ -121,6 +121,19 @@ def test_all_variants_generate_as_many_tokens():
             assert torch.equal(variant.prefill(inputs), tokens[:, -3:-2])
 
 
+def test_a_prefill_from_embeddings_gives_the_same_token():
+    preset = get_preset("tiny")
+    model = preset.build(CPU, torch.float32)
+    inputs = preset.inputs(3, 6, CPU, torch.float32)
+    for variant in make_variants(model, preset, ["apet"], None, False).values():
+        with variant.active():
+            assert torch.equal(variant.embedded_prefill(inputs)(), variant.prefill(inputs))
+    other = get_preset("qwen2.5-vl-7b").shrunk()
+    (none, *_) = make_variants(other.build(CPU, torch.float32), other, [], None, False).values()
+    with pytest.raises(ValueError, match="llava only, not for qwen2_5_vl"):
+        none.embedded_prefill({})
+
+
 def test_out_of_memory_is_recorded_and_the_rest_goes_on():
     preset = get_preset("tiny")
     variants = make_variants(preset.build(CPU, torch.float32), preset, ["apet"], None, False)
