@@ -147,7 +147,7 @@ def graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
             call()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         output = call()
 
     def replay() -> Any:

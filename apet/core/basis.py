@@ -7,6 +7,7 @@ are its ablations. No function synchronises with the host, and no output shape d
 import torch
 from torch import Tensor, nn
 
+from apet.core.constants import on_device
 from apet.core.rows import Rows, squared_distances
 from apet.core.types import Basis
 
@@ -128,8 +129,8 @@ def random_positions(
     batch, n = tokens.shape[:2]
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    draw = torch.rand(n, generator=generator, device=generator.device).to(tokens.device, non_blocking=True)
-    draw = draw.expand(batch, n)
+    draw = torch.rand(n, generator=generator, device=generator.device)
+    draw = (on_device(draw, tokens.device) if draw.device.type == "cpu" else draw.to(tokens.device)).expand(batch, n)
     if mask is not None:
         draw = draw.masked_fill(~mask, -1.0)
     indices = draw.sort(dim=-1, descending=True, stable=True).indices[:, :k]
