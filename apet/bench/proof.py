@@ -214,7 +214,7 @@ def _tests(session: Session, limit: float) -> dict[str, Any]:
     Raises:
         RuntimeError: A test failed, or none ran.
     """
-    words = ["tests/kernels", "tests/core", "-k", "cuda or triton"]
+    words = ["tests/test_patch_cuda.py", "tests/core", "tests/kernels", "-k", "cuda or triton"]
     if session.dry:
         words = ["tests/kernels", "-k", "first_of_equal"]
     if importlib.util.find_spec("xdist") is not None and not session.dry:
@@ -260,10 +260,10 @@ PARTS: Mapping[str, Part] = {
     "machine": Part(10, _machine),
     "compress-bf16": Part(40, _compress("bfloat16")),
     "prefill-b1": Part(45, _prefill("llava-1.5-7b", 1)),
-    "prefill-b16": Part(45, _prefill("llava-1.5-7b", 16)),
+    "prefill-b16": Part(45, _prefill("llava-1.5-7b", 16, "--repeats", "10")),
     "generate-b1": Part(30, _generate("llava-1.5-7b", 1)),
     "tests": Part(60, _tests),
-    "next-b4": Part(45, _prefill("llava-next-7b", 4)),
+    "next-b4": Part(45, _prefill("llava-next-7b", 4, "--repeats", "8")),
     "qwen-b1": Part(35, _prefill("qwen2.5-vl-7b", 1)),
     "prefill-b4": Part(40, _prefill("llava-1.5-7b", 4)),
     "generate-b16": Part(40, _generate("llava-1.5-7b", 16, "--no_published")),

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 import apet
 from apet.adapters import host
@@ -51,7 +52,8 @@ class Variant:
         """First new token (B, 1): tower, projector, decoder, logits of the last position."""
         if self.pipeline is not None:
             return self.pipeline.prefill(**inputs)
-        return self.model(**inputs, use_cache=True, logits_to_keep=1).logits.argmax(-1)
+        cache = DynamicCache(config=self.model.config.get_text_config())  # as `generate` does
+        return self.model(**inputs, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
 
     def embedded_prefill(self, inputs: Mapping[str, Tensor]) -> Callable[[], Tensor]:
         """The same prefill from embeddings put together here, for capture as a CUDA graph.
@@ -75,7 +77,8 @@ class Variant:
             features = torch.cat(tuple(base.get_image_features(inputs["pixel_values"]).pooler_output))
             embeds = embed(ids)
             embeds.flatten(0, 1).index_copy_(0, rows, features.to(embeds.dtype))
-            output = self.model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1, **known)
+            cache = DynamicCache(config=self.model.config.get_text_config())
+            output = self.model(inputs_embeds=embeds, past_key_values=cache, logits_to_keep=1, **known)
             return output.logits.argmax(-1)
 
         return prefill
