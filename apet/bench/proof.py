@@ -294,7 +294,7 @@ TARGETS = (
 
 def run_parts(session: Session, names: Sequence[str]) -> dict[str, Any]:
     """Run parts in turn and write what is known behind each; returns it."""
-    started = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     parts = {name: {"status": "not started"} for name in names}
     report = {"date": started, "seconds": session.seconds, "dry_run": session.dry, "environment": _environment(),
               "parts": parts}  # fmt: skip

@@ -53,7 +53,7 @@ class Variant:
         if self.pipeline is not None:
             return self.pipeline.prefill(**inputs)
         cache = DynamicCache(config=self.model.config.get_text_config())  # as `generate` does
-        return self.model(**inputs, past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
+        return self.model(**inputs, **host.with_cache(cache), logits_to_keep=1).logits.argmax(-1)
 
     def embedded_prefill(self, inputs: Mapping[str, Tensor]) -> Callable[[], Tensor]:
         """The same prefill from embeddings put together here, for capture as a CUDA graph.
@@ -74,11 +74,11 @@ class Variant:
 
         @torch.inference_mode()
         def prefill() -> Tensor:
-            features = torch.cat(tuple(base.get_image_features(inputs["pixel_values"]).pooler_output))
+            features = torch.cat(tuple(host.encoded_features(base.get_image_features(inputs["pixel_values"]))))
             embeds = embed(ids)
             embeds.flatten(0, 1).index_copy_(0, rows, features.to(embeds.dtype))
             cache = DynamicCache(config=self.model.config.get_text_config())
-            output = self.model(inputs_embeds=embeds, past_key_values=cache, logits_to_keep=1, **known)
+            output = self.model(inputs_embeds=embeds, **host.with_cache(cache), logits_to_keep=1, **known)
             return output.logits.argmax(-1)
 
         return prefill
