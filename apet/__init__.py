@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from apet.adapters.static_cache import PromptCache, compile_config
+    from apet.adapters.cache import PromptCache, compile_config
     from apet.adapters.vision import ImageLayout
     from apet.compressor import compress
     from apet.config import ApetConfig
@@ -48,9 +48,9 @@ _HOMES = {
     "CompressedTokens": "apet.core.types",
     "CompressionResult": "apet.result",
     "ImageLayout": "apet.adapters.vision",
-    "PromptCache": "apet.adapters.static_cache",
+    "PromptCache": "apet.adapters.cache",
     "StageResult": "apet.result",
-    "compile_config": "apet.adapters.static_cache",
+    "compile_config": "apet.adapters.cache",
     "compress": "apet.compressor",
 }
 

@@ -15,7 +15,9 @@ from typing import Any
 POSITION_MODES = ("auto", "compact", "keep")
 BUDGETS_PER = ("crop", "image", "prompt")
 VIDEO_BUDGETS_PER = ("auto", "frame", "clip")
-STAGES = ("vision", "llm")
+# Fields that only some methods read (`apet.methods.base.Method.reads`). `basis_token_num` and `seed` are none of them:
+# the published scripts give the one to every method they compare, and sweeps the other.
+METHOD_OPTIONS = ("basis_selection", "fps_start")
 
 
 @dataclass(frozen=True)
@@ -124,27 +126,36 @@ class ApetConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "visual_token_num", _frozen(self.visual_token_num))
         if not isinstance(self.method_options, Mapping):
             raise ValueError(f"method_options={self.method_options!r} must be a mapping of option names to values")
-        object.__setattr__(self, "method_options", dict(self.method_options))
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         for name in ("layer_list", "image_token_list", "image_token_ratio_list"):
-            values = getattr(self, name)
-            if values is not None and not isinstance(values, (list, tuple)):
+            values = () if getattr(self, name) is None else getattr(self, name)
+            if not isinstance(values, tuple):
                 raise ValueError(f"{name}={values!r} must be a list with one entry per stage")
-            object.__setattr__(self, name, _frozen(values or ()))
+            object.__setattr__(self, name, values)
         _check_counts("visual_token_num", self.visual_token_num)
         _check_counts("video_token_num", self.video_token_num)
         _check_ratio("image_token_ratio", self.image_token_ratio)
         self._check_layers()
         self._check_options()
         self._check_decreasing()
+        # A budget that is a float is a share, whole numbers included.
+        if self.image_token_ratio is not None:
+            object.__setattr__(self, "image_token_ratio", float(self.image_token_ratio))
+        object.__setattr__(self, "image_token_ratio_list", tuple(map(float, self.image_token_ratio_list)))
 
     @property
     def stage_budgets(self) -> tuple[int | float | tuple[int, ...] | None, ...]:
         """One budget per stage: the vision stage first, then one per layer of `layer_list`. Ratios are floats."""
         vision = self.visual_token_num if self.image_token_ratio is None else self.image_token_ratio
         return (vision, *(self.image_token_list or self.image_token_ratio_list))
+
+    def changed_options(self) -> dict[str, Any]:
+        """Options that only some methods read, where they differ from their default."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in METHOD_OPTIONS if getattr(self, name) != defaults[name]}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types; `ApetConfig.from_dict` reads them back."""
@@ -200,6 +211,8 @@ class ApetConfig:
             raise ValueError("give visual_token_num or image_token_ratio, not both")
         if not _is_int(self.basis_token_num) or self.basis_token_num < 0:
             raise ValueError(f"basis_token_num={self.basis_token_num!r} must be an int of at least 0")
+        if not _is_int(self.seed):
+            raise ValueError(f"seed={self.seed!r} must be an int")
         if self.basis_selection not in ("fps", "dpc", "random"):
             raise ValueError(f"basis_selection={self.basis_selection!r} is unknown; choose fps, dpc or random")
         if self.fps_start != "farthest" and not (_is_int(self.fps_start) and self.fps_start >= 0):
@@ -274,8 +287,13 @@ def parse_list(text: str | Sequence | None, name: str) -> tuple:
     return tuple(value)
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
+def _plain(value: Any) -> Any:
+    """Lists as tuples, numbers and arrays of numpy and torch as Python's."""
+    if isinstance(value, Mapping):
+        return {name: _plain(one) for name, one in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _is_int(value: Any) -> bool:

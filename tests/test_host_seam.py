@@ -34,12 +34,12 @@ MODULES_INSIDE = ("transformers.masking_utils", "transformers.modeling_utils", "
 
 # Where a name is part of an interface that others document, or is ours.
 ALLOWED = {
-    ("apet.adapters.static_cache", "transformers.cache_utils"): "CacheLayerMixin and StaticLayer are to be built upon",
-    ("apet.adapters.static_cache", "is_compileable"): "part of CacheLayerMixin",
-    ("apet.adapters.static_cache", "is_sliding"): "part of CacheLayerMixin",
-    ("apet.adapters.static_cache", "get_mask_sizes"): "part of CacheLayerMixin",
-    ("apet.adapters.static_cache", "get_seq_length"): "part of CacheLayerMixin",
-    ("apet.adapters.static_cache", "max_cache_len"): "documented argument of StaticLayer",
+    ("apet.adapters.cache", "transformers.cache_utils"): "CacheLayerMixin and StaticLayer are to be built upon",
+    ("apet.adapters.cache", "is_compileable"): "part of CacheLayerMixin",
+    ("apet.adapters.cache", "is_sliding"): "part of CacheLayerMixin",
+    ("apet.adapters.cache", "get_mask_sizes"): "part of CacheLayerMixin",
+    ("apet.adapters.cache", "get_seq_length"): "part of CacheLayerMixin",
+    ("apet.adapters.cache", "max_cache_len"): "documented argument of StaticLayer",
     ("llava.model.llava_arch", "past_key_values"): "LLaVA's prepare_inputs_labels_for_multimodal has it by this name",
 }
 

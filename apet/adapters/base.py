@@ -5,32 +5,17 @@ where features can be compressed before the projector.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from apet.adapters import host
 from apet.adapters.layout import Item, Layout, square
-from apet.adapters.vision import VisionStage
+from apet.adapters.vision import ImageLayout
 from apet.config import FAMILY_PRESETS, FamilyPreset
 
-
-class Removable(Protocol):
-    """Anything that can be taken off a model again: hook handles, wrapped methods."""
-
-    def remove(self) -> None:
-        """Undo it."""
-
-
-class InstanceAttribute:
-    """An attribute set over a method; removing it uncovers the method."""
-
-    def __init__(self, owner: Any, name: str) -> None:
-        self._owner, self._name = owner, name
-
-    def remove(self) -> None:
-        """Delete the attribute."""
-        delattr(self._owner, self._name)
+_IN_TOWER = ("cls_attention", "vision_keys")
+_IN_LAYER = ("attention_row", "text_attention", "keys", "text_keys")
 
 
 class Adapter:
@@ -106,6 +91,11 @@ class Adapter:
         return [tower for tower in self.towers if host.has_class_token(tower)]
 
     @property
+    def crop_tokens(self) -> int | None:
+        """Visual tokens of every crop, where all have equally many and that is known before one is seen."""
+        return None
+
+    @property
     def single_crop(self) -> bool:
         """Whether every image is encoded as one crop, so that all budgets count the same tokens."""
         return True
@@ -132,9 +122,29 @@ class Adapter:
         """What the text model gets beside embeddings, mask and positions, cut to the columns `source` (B, L')."""
         return kwargs
 
-    def attach_encoder(self, vision: VisionStage) -> list[Removable]:
-        """What the family needs around its image encoder so that the vision stage knows how crops are arranged."""
-        return []
+    def crop_layouts(self, given: Mapping[str, Any]) -> Sequence[ImageLayout] | None:
+        """How the crops of an encoder call will be arranged, given its arguments; None where each is an image."""
+        return None
+
+    def unavailable(self, name: str, layers: Sequence[int]) -> str | None:
+        """Why the family cannot provide an input of these layers; None if it can.
+
+        Args:
+            name: Key of `apet.methods.context.INPUTS`.
+            layers: Of the tower as `attentions[layer]` counts them; of the decoder 0 is the layer about to run.
+        """
+        if name == "clip_relevance":
+            return "CLIP's text tower is no part of the model"
+        if name in _IN_TOWER:
+            if not self.class_token_towers:
+                return self.no_class_token
+            depth = min(len(host.tower_layers(tower)) for tower in self.class_token_towers)
+            return None if all(-depth <= layer < depth for layer in layers) else f"the vision tower has {depth} layers"
+        if name == "vision_features" and self.row_projector is None:
+            return "its tokens are not the tower's one by one"
+        if name in _IN_LAYER and any(layer not in (-1, 0) for layer in layers):
+            return "only the layer about to run (0) and the one before it (-1) are watched"
+        return None
 
 
 _ADAPTERS: dict[str, type[Adapter]] = {}
@@ -161,9 +171,11 @@ def adapter_for(model: nn.Module) -> Adapter:
         TypeError: The model is of no known family.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in _ADAPTERS or not hasattr(model, "generate"):
-        raise TypeError(
-            f"{type(model).__name__} (model type {model_type!r}) is not a model ApET can patch; it serves the "
-            f"...ForConditionalGeneration classes of: {', '.join(sorted(_ADAPTERS))}"
-        )
-    return _ADAPTERS[model_type](model)
+    if model_type in _ADAPTERS and hasattr(model, "generate"):
+        return _ADAPTERS[model_type](model)
+    inner = getattr(model, "module", None)
+    hint = "pass its .module" if isinstance(inner, nn.Module) else "pass the whole model, with its language-model head"
+    raise TypeError(
+        f"{type(model).__name__} (model type {model_type!r}) is not a model ApET can patch; {hint}. It serves the "
+        f"...ForConditionalGeneration classes of: {', '.join(sorted(_ADAPTERS))}"
+    )

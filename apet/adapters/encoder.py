@@ -1,82 +1,98 @@
-"""Families compressed behind their projector: remember how many tokens each encoded image and video has.
+"""The image encoder of a patched model: every call leaves what was kept on its own output (`output.apet`).
 
-The features stay as they are until they are embedded in the prompt (the host counts placeholders), so nothing but
-their lengths and the roles of special tokens is needed. `get_image_features` and `get_video_features` are the one place
-that every route passes: `generate` of transformers 5.23 calls them before the prefill, 5.17 inside forward.
+`get_image_features` and `get_video_features` are the one place that every route passes: `generate` of transformers
+from 5.20 on calls them before the prefill and hands their output over; a forward with pixels calls them itself, and
+finds what they left on the forward in flight. Features that are chosen from behind the projector stay as they are until
+they are embedded in the prompt (the host counts placeholders), so only their lengths and roles are noted.
 """
 
 import functools
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
 from apet.adapters import host
-from apet.adapters.base import Adapter, InstanceAttribute, Removable
-from apet.adapters.inputs import Encoded
-from apet.adapters.layout import Item
-from apet.adapters.tower_log import TowerTap
+from apet.adapters.base import Adapter
+from apet.adapters.hooks import InFlight, Removable, Wrapped
+from apet.adapters.tower import TowerDepth, TowerTap
+from apet.adapters.vision import Encoding, ImageLayout, VisionStage
+
+CARRIED = "apet"
 
 
-class EncoderLog:
-    """Images and videos of the last encoder calls, per thread.
+class EncoderPatch:
+    """Wraps the encoder methods of one model.
 
     Args:
         adapter: The family.
+        vision: Hooks around the projector; None for families that are compressed behind it.
+        taps: Notes of the towers, of images and of videos, where the method asks for what happened in them.
         per_frame: Videos are compressed frame by frame, so the borders of the frames are needed.
-        taps: Notes of the towers of images and of videos, where the method asks for what happened in them.
+        settings: Configuration; a forward takes only what was encoded under its own.
+        forwards: Forwards of the model in flight.
     """
 
-    def __init__(self, adapter: Adapter, per_frame: bool, taps: Sequence[TowerTap] = ()) -> None:
-        self._adapter, self._per_frame, self._taps = adapter, per_frame, taps
-        self._local = threading.local()
+    def __init__(
+        self,
+        adapter: Adapter,
+        vision: VisionStage | None,
+        taps: Sequence[TowerTap],
+        per_frame: bool,
+        settings: Any,
+        forwards: InFlight,
+    ) -> None:
+        self._adapter, self._vision, self._taps = adapter, vision, taps
+        self._per_frame, self._settings, self._forwards = per_frame, settings, forwards
+        self._encodings = InFlight() if vision is None else vision.encodings
 
     def attach(self) -> list[Removable]:
-        """Wrap the encoder methods of the base model; returns the handles."""
-        notes = [handle for tap in self._taps for handle in tap.attach()]
-        return [*notes, *(self._wrap(kind) for kind in range(len(self._adapter.placeholder_ids)))]
+        """Wrap and hook; returns the handles."""
+        depth = max((tap.depth for tap in self._taps), default=0)
+        handles = [handle for tower in self._adapter.towers for handle in TowerDepth(tower, depth).attach()]
+        if self._vision is not None:
+            handles += self._vision.attach()
+        else:
+            handles += [handle for tap in self._taps for handle in tap.attach(self._encodings)]
+        for kind in range(len(self._adapter.placeholder_ids)):
+            around = functools.partial(self._encode, kind)
+            handles.append(Wrapped(self._adapter.base_model, host.ENCODERS[kind], around))
+        return handles
 
-    def items(self, kind: int) -> Sequence[Item] | None:
-        """The images (kind 0) or videos (1) encoded last in this thread; None before the first."""
-        return getattr(self._local, "items", {}).get(kind)
+    @contextmanager
+    def expecting(self, layouts: Sequence[ImageLayout] | None) -> Iterator[Encoding]:
+        """Compress what is encoded inside the block without `get_image_features`; yields what the call leaves."""
+        encoding = Encoding(layouts, settings=self._settings)
+        with self._encodings.during(encoding):
+            yield encoding
+        encoding.finish()
 
-    def encoded(self, kind: int) -> Encoded | None:
-        """What the tower did to them, where that is noted."""
-        call = getattr(self._local, "calls", {}).get(kind)
-        return None if call is None else Encoded(call, _rows)
+    def _encode(self, kind: int, original: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.pop(host.PASSED, None)
+        forward, outer = self._forwards.top, self._encodings.top
+        if outer is not None and outer.owner is forward:  # a video encoder may call the one for images
+            return original(*args, **kwargs)
+        given = dict(zip(host.argument_names(original), args, strict=False)) | kwargs
+        encoding = Encoding(self._adapter.crop_layouts(given), forward, self._settings)
+        if self._vision is not None:
+            self._vision.check_images(len(encoding.layouts or given["pixel_values"]))
+        with self._encodings.during(encoding):
+            output = original(*args, **kwargs)
+        if isinstance(output, tuple):
+            return output  # nothing can ride on it, so a forward will refuse what is in it
+        if self._vision is None:
+            self._note(kind, encoding, output, given)
+        encoding.finish()
+        setattr(output, CARRIED, encoding)
+        if forward is not None:
+            forward.encoded[kind] = encoding
+        return output
 
-    def _wrap(self, kind: int) -> Removable:
-        base = self._adapter.base_model
-        original = getattr(base, host.ENCODERS[kind])
-        names = host.argument_names(original)
-
-        # generate() reads the signature to decide which inputs to hand over.
-        @functools.wraps(original)
-        def logged(*args: Any, **kwargs: Any) -> Any:
-            if getattr(self._local, "busy", False):  # a video encoder may call the one for images
-                return original(*args, **kwargs)
-            self._local.busy = True
-            try:
-                output = original(*args, **kwargs)
-                given = dict(zip(names, args, strict=False)) | kwargs
-                features = host.encoded_features(output)
-                if kind == 0:
-                    items = self._adapter.image_items(features, given)
-                else:
-                    items = self._adapter.video_items(features, given, self._per_frame)
-            finally:
-                self._local.busy = False
-            self._local.items = getattr(self._local, "items", {}) | {kind: items}
-            if self._taps:
-                call = self._taps[kind].take(*features.shape[:2])
-                self._local.calls = getattr(self._local, "calls", {}) | {kind: call}
-            return output
-
-        setattr(base, host.ENCODERS[kind], logged)
-        return InstanceAttribute(base, host.ENCODERS[kind])
-
-
-def _rows(number: int, length: int) -> np.ndarray:
-    """Rows of an image or video whose tokens are all the rows of its crops; all of a kind are equally long."""
-    return np.arange(number * length, (number + 1) * length)
+    def _note(self, kind: int, encoding: Encoding, output: Any, given: Mapping[str, Any]) -> None:
+        """Lengths and roles of tokens that are compressed behind the projector."""
+        features = host.encoded_features(output)
+        if kind == 0:
+            encoding.items = self._adapter.image_items(features, given)
+        else:
+            encoding.items = self._adapter.video_items(features, given, self._per_frame)
+        if self._taps:
+            encoding.tower = self._taps[kind].call(encoding.notes, *features.shape[:2])

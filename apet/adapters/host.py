@@ -71,9 +71,14 @@ def prove(base_model: nn.Module, text_model: nn.Module) -> None:
     cache_argument()
 
 
+def signature(function: Callable) -> inspect.Signature:
+    """Signature of a function, through decorators that kept it."""
+    return inspect.signature(function)
+
+
 def argument_names(function: Callable) -> list[str]:
     """Names of a function's arguments in order, through decorators that kept the signature."""
-    return list(inspect.signature(function).parameters)
+    return list(signature(function).parameters)
 
 
 def _cache_name(known: Sequence[str], where: str) -> str:
@@ -88,6 +93,26 @@ def _expect(fine: bool, missing: str) -> None:
 
 
 # Arguments of forwards
+
+# Keyword arguments that are not its own a model hands to its base model, that to its text model and (some) to the
+# image encoder, the text model to every layer, a layer to its attention function. So what a forward needs goes with it.
+PASSED, RESULTS, SIZES = "apet_forward", "apet_results", "apet_log_sizes"
+
+
+def check_reached(reached: bool) -> None:
+    """Raise where a base model ran, but its layers never got what was passed to it."""
+    _expect(reached, "the keyword arguments of its base model do not reach the decoder layers")
+
+
+def check_alone(running: Any) -> None:
+    """A text model without what is passed to it must have been called by the user, not by a base model."""
+    _expect(running is None, "the keyword arguments of its base model do not reach the text model")
+
+
+def attach(output: Any, name: str, value: Any) -> None:
+    """Let an output object carry something; tuples cannot."""
+    if not isinstance(output, tuple):
+        setattr(output, name, value)
 
 
 def cache_argument() -> str:
@@ -128,6 +153,11 @@ def check_cache(seen: Cache | None, args: Sequence[Any], kwargs: Mapping[str, An
 def has_pictures(given: Mapping[str, Any]) -> bool:
     """Whether a forward is given pixels, or what the encoder made of them."""
     return bool(given.get(_ENCODED)) or any(given.get(name) is not None for name in _PIXEL_NAMES)
+
+
+def encoder_output(given: Mapping[str, Any], kind: int) -> Any:
+    """What a forward is given instead of pixels: the encoder's output for images (0) or videos (1), or None."""
+    return (given.get(_ENCODED) or {}).get(("image", "video")[kind])
 
 
 def pixel_argument(model_class: type) -> str:
@@ -323,6 +353,9 @@ def tower_attention(layer: nn.Module, hidden: Tensor) -> AttentionCall:
 
 ENCODERS = ("get_image_features", "get_video_features")
 
+# Ways into continuous batching, where they exist.
+CONTINUOUS = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+
 
 def encoded_features(output: Any) -> Any:
     """Features behind the projector in the output of one of `ENCODERS`: per image (T, D), or (C, T, D)."""
@@ -371,12 +404,12 @@ def packed(base_model: nn.Module, crops: Tensor, size: Sequence[int], newline: T
 # Generation
 
 
-def with_argument(forward: Callable, name: str) -> inspect.Signature:
-    """The signature of a forward with one more keyword: `generate` reads it to see what it may hand over."""
-    known = inspect.signature(forward)
+def with_arguments(forward: Callable, *names: str) -> inspect.Signature:
+    """The signature of a forward with more keywords: `generate` reads it to see what it may hand over."""
+    known = signature(forward)
     *before, rest = known.parameters.values()
-    added = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)
-    return known.replace(parameters=[*before, added, rest])
+    added = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    return known.replace(parameters=[*before, *added, rest])
 
 
 def prompt_ids(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor | None:

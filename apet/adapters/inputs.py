@@ -1,11 +1,16 @@
 """What methods may ask for beside the tokens (`apet.methods.context.StageInputs`), read off the running model.
 
 Nothing is kept or computed unless the configured method declared it: inputs of layers are remembered by reference, and
-rows of attention are made from queries and keys when they are asked for.
+rows of attention are made from queries and keys when they are asked for. Queries and keys come from the attention
+module's own forward (projections, biases, norms, rotary embeddings, of whatever family), which hands them to an
+attention function that only takes them out: a row of attention costs the projections and one product, and the model
+keeps the attention it was loaded with.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import copy
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -13,8 +18,71 @@ from torch import Tensor, nn
 
 from apet.adapters import host
 from apet.adapters.layout import TEXT, Layout, Unit, to_device
-from apet.adapters.probe import Projected, project
-from apet.adapters.tower_log import TowerCall
+
+if TYPE_CHECKING:
+    from apet.adapters.tower import TowerCall
+    from apet.adapters.vision import Encoding
+
+_NAME = "apet_probe"
+
+
+class Projected(NamedTuple):
+    """What an attention module would compare.
+
+    Attributes:
+        queries: (B, heads, L, d).
+        keys: (B, kv_heads, L, d).
+        scale: Factor of their products.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    scale: float
+
+    def scores(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Scaled products (G, heads, Q, L) of the queries at `columns` (G, Q) of rows (G, 1) with all keys.
+
+        In float32, or float64 for a float64 model.
+        """
+        heads = self.queries.shape[1]
+        queries = _wide(self.queries.transpose(1, 2)[rows, columns].transpose(1, 2)) * self.scale
+        keys = _wide(self.keys[rows.flatten()]).repeat_interleave(heads // self.keys.shape[1], 1)
+        return queries @ keys.transpose(2, 3)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _Taken(Exception):
+    def __init__(self, projected: Projected) -> None:
+        self.projected = projected
+
+
+def _take(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+    scale = kwargs.get("scaling")
+    raise _Taken(Projected(query, key, query.shape[-1] ** -0.5 if scale is None else scale))
+
+
+host.register_attention(_NAME, _take)
+
+
+@torch.no_grad()
+def project(call: host.AttentionCall) -> Projected:
+    """Queries and keys of an attention module that looks its attention function up, for one input (B, L, D).
+
+    Raises:
+        NotImplementedError: The module calls no attention function.
+    """
+    # A shallow copy shares the weights; its configuration names our function, the model's own stays as it is.
+    probe = copy.copy(call.module)
+    probe.config = copy.copy(probe.config)
+    host.set_attention_name(probe.config, _NAME)
+    try:
+        probe.forward(call.hidden, **call.kwargs)
+    except _Taken as taken:
+        return taken.projected
+    raise NotImplementedError(f"{type(call.module).__name__} does not look up its attention function")
 
 
 @dataclass(frozen=True)
@@ -27,7 +95,7 @@ class CropInputs:
         places: (G, n) their rows that take part.
     """
 
-    call: TowerCall
+    call: "TowerCall"
     rows: Tensor
     places: Tensor
 
@@ -39,20 +107,6 @@ class CropInputs:
 
     def vision_features(self) -> Tensor:
         return self.call.features[self.rows, self.places]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What the tower did to the images (or videos) of a prompt, for tokens that are chosen from behind the projector.
-
-    Attributes:
-        call: What the tower did.
-        rows: Given the number of an image and how many tokens it has, the rows of its tokens in prompt order, counted
-            through all crops; -1 for newlines.
-    """
-
-    call: TowerCall
-    rows: Callable[[int, int], np.ndarray]
 
 
 @dataclass
@@ -68,7 +122,7 @@ class StageView:
         embeddings: Rotary embeddings of the columns.
         before: Input and rotary embeddings of the layer before, if it was asked for; its columns are the same.
         entry: (B, L0, D) what entered layer 0, and its layout.
-        encoded: What the tower did, per kind of item: images, then videos.
+        encoded: What encoder calls left, per kind of item: images (0), videos (1).
         generated: Columns at the end that are no part of the prompt: without a cache, tokens generated before.
     """
 
@@ -80,7 +134,7 @@ class StageView:
     embeddings: tuple[Tensor, Tensor] | None
     before: tuple[Tensor, tuple[Tensor, Tensor]] | None
     entry: tuple[Tensor, Layout]
-    encoded: Sequence[Encoded | None] = ()
+    encoded: Mapping[int, "Encoding"] = field(default_factory=dict)
     generated: int = 0
     _projected: dict[int, Projected] = field(default_factory=dict)
 
@@ -160,7 +214,7 @@ class BlockInputs:
     def vision_features(self) -> Tensor:
         return self._of_tower(lambda call: call.features)
 
-    def _of_tower(self, values: Callable[[TowerCall], Tensor]) -> Tensor:
+    def _of_tower(self, values: Callable[["TowerCall"], Tensor]) -> Tensor:
         """Values (G, n, ...) of the block's tokens, given those (C, N, ...) of a call."""
         blocks = []
         for number, unit in enumerate(self._units):
@@ -169,7 +223,7 @@ class BlockInputs:
             blocks.append(torch.cat(found))
         return torch.stack(blocks)
 
-    def _tower_rows(self, unit: Unit, columns: np.ndarray) -> Iterator[tuple[TowerCall, np.ndarray]]:
+    def _tower_rows(self, unit: Unit, columns: np.ndarray) -> Iterator[tuple["TowerCall", np.ndarray]]:
         """Image by image, the rows of a call that a unit's columns show. Nothing has been dropped from them yet."""
         layout = self._view.layout
         for item in dict.fromkeys(block.item for block in unit.blocks):
@@ -177,7 +231,7 @@ class BlockInputs:
             places = np.concatenate([np.arange(block.start, block.start + block.length) for block in blocks])
             encoded = self._view.encoded[int(blocks[0].video)]
             rows = encoded.rows(blocks[0].origin.number, len(places))
-            yield encoded.call, rows[np.searchsorted(places, columns[np.isin(columns, places)])]
+            yield encoded.tower, rows[np.searchsorted(places, columns[np.isin(columns, places)])]
 
     def _attention(self, layer: int, queries: Tensor) -> Tensor:
         """(G, heads, Q, n) attention of the columns `queries` (G, Q) to the block's tokens."""

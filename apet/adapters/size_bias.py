@@ -7,7 +7,6 @@ keys the logarithm, so their product adds it (log-size calibration after RESTORE
 
 import copy
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,58 +14,58 @@ import torch
 from torch import Tensor, nn
 
 from apet.adapters import host
-from apet.adapters.base import Adapter, InstanceAttribute, Removable
+from apet.adapters.base import Adapter
+from apet.adapters.hooks import Attribute, Removable
 
 # Sizes above it count as this much: a background of hundreds of tokens must not drown the rest.
 LARGEST = 16
-_PREFIX, _SOURCE = "apet_log_size_", "apet_size_source"
-
-LogSizes = Callable[[int, int], Tensor | None]
+_PREFIX, _PLAIN = "apet_log_size_", "apet_plain"
 
 
 @dataclass(frozen=True)
-class _Source:
-    """What the attention function of a layer needs.
+class _Plain:
+    """An attention module with the configuration it had: FlashAttention reads there which kernels to load."""
 
-    Attributes:
-        log_sizes: As in `SizeBias`.
-        plain: The attention module with the configuration it had: FlashAttention reads there which kernels to load.
-    """
-
-    log_sizes: LogSizes
-    plain: nn.Module
+    module: nn.Module
 
 
 class SizeBias:
-    """Puts the bias on every layer of a decoder.
+    """Puts the bias on every layer of a decoder that is called with `host.SIZES`.
 
     Args:
         adapter: The family.
-        log_sizes: (B, keys) log sizes of the keys of a layer (0-based), given their number; None where all are one.
     """
 
-    def __init__(self, adapter: Adapter, log_sizes: LogSizes) -> None:
-        self._adapter, self._log_sizes = adapter, log_sizes
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
         self._config = adapter.text_model.config
         self._before = host.attention_name(self._config)
 
     def attach(self) -> list[Removable]:
         """Exchange the attention function; returns the handles."""
-        name = _PREFIX + self._before
-        host.register_attention(name, functools.partial(_attend, self._before), masks_of=self._before)
         handles: list[Removable] = [self]
         for layer in self._adapter.layers:
             attention = host.attention_of(layer)
             plain = copy.copy(attention)  # shares the weights
             plain.config = copy.copy(plain.config)
-            setattr(attention, _SOURCE, _Source(self._log_sizes, plain))
-            handles.append(InstanceAttribute(attention, _SOURCE))
-        host.set_attention_name(self._config, name)
+            handles.append(Attribute(attention, _PLAIN, _Plain(plain)))
+        host.set_attention_name(self._config, _register(self._before))
         return handles
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__ = state
+        _register(self._before)  # a process that loads a patched model does not know the function yet
 
     def remove(self) -> None:
         """Put the model's attention function back."""
         host.set_attention_name(self._config, self._before)
+
+
+def _register(base: str) -> str:
+    """Make the attention function `base` with the bias known to transformers; returns its name."""
+    name = _PREFIX + base
+    host.register_attention(name, functools.partial(_attend, base), masks_of=base)
+    return name
 
 
 def _attend(
@@ -74,10 +73,10 @@ def _attend(
 ) -> tuple[Tensor, Any]:
     """The attention function `base`, with the bias where the layer has one."""
     attend = host.attention_function(base, module)
-    source: _Source = getattr(module, _SOURCE)
-    module, bias = source.plain, source.log_sizes(host.layer_number(module), key.shape[2])
+    module, bias = getattr(module, _PLAIN).module, kwargs.pop(host.SIZES, None)
     if bias is None:
         return attend(module, query, key, value, mask, *args, **kwargs)
+    bias = nn.functional.pad(bias, (0, key.shape[2] - bias.shape[1]))  # generated tokens count as one
     dim = query.shape[-1]
     scale = kwargs.pop("scaling", None) or dim**-0.5
     extra = 8 - dim % 8

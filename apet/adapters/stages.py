@@ -1,4 +1,7 @@
-"""What a stage is, what it decides, and how decisions become columns: the pure half of the decoder patch."""
+"""A place where sequences are shortened: what is kept there (`choose`), and how they become shorter (`gather`).
+
+Pure functions of layouts and tensors: no model, no state.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -187,41 +190,90 @@ def choose(
         sizes: (B, L) image tokens behind every column, if anything asks for them.
         view: What methods may ask for, None if none asks for anything.
     """
+    choices = [whole(unit, hidden.device) for unit in units]
+    for group in _groups(stage, units, view):
+        for member, choice in zip(group.members, _choose_alike(group, hidden, sizes, view), strict=True):
+            choices[member] = choice or choices[member]
+    return choices
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Units that one call of the method serves.
+
+    Attributes:
+        rule: The stage as it treats them.
+        count: Tokens to keep of each.
+        grid: Raster of their candidates.
+        members: Their numbers among the stage's units.
+        units: The units.
+        candidates: Of each, (n,) positions to choose from.
+    """
+
+    rule: Stage
+    count: int
+    grid: tuple[int, int] | None
+    members: list[int]
+    units: list[Unit]
+    candidates: list[np.ndarray]
+
+    @property
+    def columns(self) -> np.ndarray:
+        """(G, n) columns of the candidates in their rows."""
+        return np.stack([unit.columns[places] for unit, places in zip(self.units, self.candidates, strict=True)])
+
+    @property
+    def rows(self) -> np.ndarray:
+        """(G, 1) rows of the units."""
+        return np.array([[unit.row] for unit in self.units])
+
+
+def _groups(stage: Stage, units: Sequence[Unit], view: StageView | None) -> list[_Group]:
+    """Units that lose tokens at a stage, those that can share a call together."""
     rules = [stage.rule(unit.blocks[0]) for unit in units]
     candidates = [candidates_of(rule, unit) for rule, unit in zip(rules, units, strict=True)]
     counts = _counts(rules, units, candidates)
-    choices = [whole(unit, hidden.device) for unit in units]
-    grids = [grid_of(unit, len(columns)) for unit, columns in zip(units, candidates, strict=True)]
-    alike = zip(units, candidates, counts, rules, grids, strict=True)
-    keys = [
-        (len(columns), count, rule is stage, grid, None if view is None else view.input_length(rule.select.needs, unit))
-        if count < len(columns)
-        else None
-        for unit, columns, count, rule, grid in alike
+    keys = []
+    for rule, unit, places, count in zip(rules, units, candidates, counts, strict=True):
+        asked = None if view is None else view.input_length(rule.select.needs, unit)
+        key = (len(places), count, rule is stage, grid_of(unit, len(places)), asked)
+        keys.append(key if count < len(places) else None)
+    return [
+        _Group(
+            rules[members[0]],
+            counts[members[0]],
+            keys[members[0]][3],
+            members,
+            [units[member] for member in members],
+            [candidates[member] for member in members],
+        )
+        for members in equal(keys)
     ]
-    for members in equal(keys):
-        rule, count, grid = rules[members[0]], counts[members[0]], grids[members[0]]
-        columns = np.stack([units[member].columns[candidates[member]] for member in members])
-        rows = to_device(np.array([[units[member].row] for member in members]), hidden.device)
-        places = to_device(columns, hidden.device)
-        inputs = BlockInputs(view, [units[member] for member in members], columns) if view is not None else None
-        own_sizes = None if sizes is None else sizes[rows, places]
-        result = rule.select(hidden[rows, places], count, grid=grid, sizes=own_sizes, inputs=inputs)
-        if result.indices.shape[1] >= columns.shape[1]:
-            continue  # with the basis appended there would be no fewer rows than before
-        simple = [not rule.select.adaptive and is_simple(units[member], candidates[member]) for member in members]
-        known = None if all(simple) else result.indices.cpu().numpy()
-        folded = None if sizes is None else token_sizes(result, own_sizes)
-        for position, member in enumerate(members):
-            tokens, indices = result.tokens[position], result.indices[position]
-            if simple[position]:
-                choice = Choice(len(indices), indices, tokens, np.arange(len(indices)))
-            else:
-                real = known[position] >= 0
-                tokens, chosen = tokens[: real.sum()], known[position][real]
-                choice = method_choice(tokens, chosen, units[member], candidates[member])
-            own = None if folded is None else folded[position, : len(tokens)]
-            choices[member] = replace(choice, sizes=own)
+
+
+def _choose_alike(group: _Group, hidden: Tensor, sizes: Tensor | None, view: StageView | None) -> list[Choice | None]:
+    """The method's choice for every unit of a group; None where it would not make the unit shorter."""
+    columns, select = group.columns, group.rule.select
+    rows, places = to_device(group.rows, hidden.device), to_device(columns, hidden.device)
+    inputs = None if view is None else BlockInputs(view, group.units, columns)
+    own = None if sizes is None else sizes[rows, places]
+    result = select(hidden[rows, places], group.count, grid=group.grid, sizes=own, inputs=inputs)
+    if result.indices.shape[1] >= columns.shape[1]:
+        return [None] * len(group.units)  # with the basis appended there would be no fewer rows than before
+    pairs = list(zip(group.units, group.candidates, strict=True))
+    simple = [not select.adaptive and is_simple(unit, candidates) for unit, candidates in pairs]
+    known = None if all(simple) else result.indices.cpu().numpy()
+    folded = None if sizes is None else token_sizes(result, own)
+    choices: list[Choice | None] = []
+    for number, (unit, candidates) in enumerate(pairs):
+        tokens, indices = result.tokens[number], result.indices[number]
+        if simple[number]:
+            choice = Choice(len(indices), indices, tokens, np.arange(len(indices)))
+        else:
+            real = known[number] >= 0
+            tokens = tokens[: real.sum()]
+            choice = method_choice(tokens, known[number][real], unit, candidates)
+        choices.append(replace(choice, sizes=None if folded is None else folded[number, : len(tokens)]))
     return choices
 
 
@@ -251,3 +303,48 @@ def equal(keys: Sequence[Any]) -> list[list[int]]:
         if key is not None:
             groups.setdefault(key, []).append(index)
     return list(groups.values())
+
+
+@dataclass(frozen=True)
+class Shortened:
+    """Sequences behind a stage.
+
+    Attributes:
+        hidden: (B, L', D).
+        sizes: (B, L') image tokens behind every column, if anything asks for them.
+        source: (B, L') old columns.
+        layout: Roles of the columns.
+    """
+
+    hidden: Tensor
+    sizes: Tensor | None
+    source: Tensor
+    layout: Layout
+
+
+def gather(
+    layout: Layout, units: Sequence[Unit], choices: Sequence[Choice], hidden: Tensor, sizes: Tensor | None
+) -> Shortened:
+    """Sequences (B, L, D) cut to what was chosen, with new content where the method gave any, packed to the right."""
+    device = hidden.device
+    move = layout.shorten(ways_of(layout, units, choices))
+    source = to_device(move.source, device)
+    new_columns = dict(zip(layout.blocks(), move.places, strict=True))
+    places = [np.concatenate([new_columns[block] for block in unit.blocks]) for unit in units]
+    for members in equal([choice.way if isinstance(choice.way, int) else None for choice in choices]):
+        # Here the host knows how many columns stay; which ones is filled in on the device.
+        indices = torch.stack([choices[member].indices for member in members]).to(device)
+        starts = torch.tensor([[units[member].blocks[0].start] for member in members], device=device)
+        rows = to_device(np.array([[units[member].row] for member in members]), device)
+        source[rows, to_device(np.stack([places[member] for member in members]), device)] = starts + indices
+    packed = hidden.gather(1, source.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    sizes = None if sizes is None else sizes.gather(1, source)
+    for unit, choice, columns in zip(units, choices, places, strict=True):
+        at = columns if choice.places is None else columns[choice.places]
+        if choice.tokens is not None:
+            packed[unit.row, to_device(at, device)] = choice.tokens
+        if choice.sizes is not None:
+            sizes[unit.row, to_device(at, device)] = choice.sizes
+    if move.layout.has_padding:
+        packed = packed * to_device(move.layout.valid, device).unsqueeze(-1)
+    return Shortened(packed, sizes, source, move.layout)

@@ -1,23 +1,27 @@
-"""Stop the vision tower after the layer whose output is used.
+"""The vision tower: how deep it must run, and what methods want to know of it.
 
-LLaVA reads the second-to-last hidden state of CLIP, so the last layer of the tower is work for nothing. Who asks for a
-hidden state by number (transformers from 5.23 on, and `llava` everywhere) tells the tower how deep it must go; a call
-that asks for several runs all layers.
+LLaVA reads the second-to-last hidden state of CLIP, so the last layer of the tower is work for nothing. Notes are
+references to what entered the layers that a method asked for; rows of attention are made from them when asked for.
 """
 
-import threading
+import functools
+from collections.abc import Collection
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from apet.adapters import host
-from apet.adapters.base import InstanceAttribute, Removable
+from apet.adapters.hooks import InFlight, Removable, Wrapped
+from apet.adapters.inputs import Projected, project
 
 
 class TowerDepth:
-    """Lets the layers of one vision tower pass their input on where nobody reads their output.
+    """Stops one vision tower after the layer whose output is used: layers behind it pass their input on.
 
-    The pooled output of a shortened call is that of the last layer that ran.
+    Who asks for a hidden state by number (transformers from 5.23 on, and `llava` everywhere) says how deep it must go;
+    a call that asks for several runs all layers. The pooled output of a shortened call is that of the last layer that
+    ran.
 
     Args:
         tower: The vision model. One of another build than CLIP's is left alone.
@@ -27,17 +31,21 @@ class TowerDepth:
     def __init__(self, tower: nn.Module, least: int = 0) -> None:
         self._tower, self._least = tower, least
         self._layers = host.tower_layers(tower)
-        self._local = threading.local()
+        self._depths = InFlight()
 
     def attach(self) -> list[Removable]:
-        """Wrap the layers and watch the tower's calls; returns the handles."""
-        for index, layer in enumerate(self._layers):
-            layer.forward = self._until(index, layer.forward)
-        wrapped = [InstanceAttribute(layer, "forward") for layer in self._layers]
-        return [self._tower.register_forward_pre_hook(self._before, with_kwargs=True), *wrapped]
+        """Wrap the tower and its layers; returns the handles."""
+        if not self._layers:
+            return []
+        layers = [
+            Wrapped(layer, "forward", functools.partial(self._run_layer, index))
+            for index, layer in enumerate(self._layers)
+        ]
+        return [Wrapped(self._tower, "forward", self._run_tower), *layers]
 
-    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._local.depth = self._needed(host.wanted_state(kwargs))
+    def _run_tower(self, original: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._depths.during(self._needed(host.wanted_state(kwargs))):
+            return original(*args, **kwargs)
 
     def _needed(self, state: int | None) -> int:
         """Layers that must run for a hidden state by number; all for None."""
@@ -46,10 +54,100 @@ class TowerDepth:
             return count
         return max(self._least, state if state > 0 else count + 1 + state)
 
-    def _until(self, index: int, forward: Any) -> Any:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            if index >= getattr(self._local, "depth", index + 1):
-                return host.layer_hidden(args, kwargs)
-            return forward(*args, **kwargs)
+    def _run_layer(self, index: int, original: Any, *args: Any, **kwargs: Any) -> Any:
+        depth = self._depths.top
+        if depth is not None and index >= depth:
+            return host.layer_hidden(args, kwargs)
+        return original(*args, **kwargs)
 
-        return run
+
+class TowerCall:
+    """What one run of a tower, or of the projector behind it, was given.
+
+    Values have one row per row of the features: without the class token, unless the features have it too.
+
+    Args:
+        layers: Layers of the tower.
+        inputs: Per layer asked for, (C, 1 + P, D) what entered it: the class token first.
+        features: (C, N, D_v) what entered the projector; None if nobody asked.
+        shape: C crops and N rows of each.
+    """
+
+    def __init__(
+        self, layers: nn.ModuleList, inputs: dict[int, Tensor], features: Tensor | None, shape: tuple[int, int]
+    ) -> None:
+        self.features, self.shape = features, shape
+        self._layers, self._inputs = layers, inputs
+        self._projected: dict[int, Projected] = {}
+
+    def attention(self, layer: int) -> Tensor:
+        """(C, N, heads) attention of the class token to every row."""
+        projected = self._project(layer)
+        crops = torch.arange(len(projected.queries), device=projected.queries.device).unsqueeze(-1)
+        attention = projected.scores(crops, torch.zeros_like(crops)).softmax(-1)[:, :, 0]
+        return attention.transpose(1, 2)[:, -self.shape[1] :]
+
+    def keys(self, layer: int) -> Tensor:
+        """(C, N, heads, d) keys of every row, bias included."""
+        return self._project(layer).keys.transpose(1, 2)[:, -self.shape[1] :]
+
+    def _project(self, layer: int) -> Projected:
+        index = layer % len(self._layers)
+        if index not in self._projected:
+            self._projected[index] = project(host.tower_attention(self._layers[index], self._inputs[index]))
+        return self._projected[index]
+
+
+class TowerTap:
+    """Notes what a tower and its projector are given, on the encoder call in flight.
+
+    Args:
+        tower: Vision model with a class token in front of the patches; None to note features only.
+        layers: Layers as `attentions[layer]` counts them.
+        projector: Module whose input is noted, or None.
+    """
+
+    def __init__(self, tower: nn.Module | None, layers: Collection[int], projector: nn.Module | None = None) -> None:
+        self._layers = nn.ModuleList() if tower is None else host.tower_layers(tower)
+        self._wanted = sorted({layer % len(self._layers) for layer in layers})
+        self._projector = projector
+
+    @property
+    def depth(self) -> int:
+        """Layers of the tower that must run for the notes to be right."""
+        return max(self._wanted, default=0)
+
+    def attach(self, encodings: InFlight) -> list[Removable]:
+        """Register the hooks; returns their handles. A layer that is skipped still says what entered it."""
+        modules = [(index, self._layers[index]) for index in self._wanted]
+        modules += [] if self._projector is None else [(None, self._projector)]
+        return [
+            module.register_forward_pre_hook(functools.partial(_note, encodings, key), with_kwargs=True)
+            for key, module in modules
+        ]
+
+    def call(self, notes: dict[int | None, Tensor], crops: int, rows: int, features: Tensor | None = None) -> TowerCall:
+        """What was noted of a call about so many crops.
+
+        Args:
+            notes: Of the encoder call.
+            crops: Crops that were encoded.
+            rows: Rows of each.
+            features: What entered the projector, where it is not noted here.
+
+        Raises:
+            ValueError: The tower did not run on them.
+        """
+        wanted = [*self._wanted, *([] if self._projector is None else [None])]
+        if any(key not in notes or len(notes[key]) != crops for key in wanted):
+            raise ValueError(
+                f"the method reads the vision tower, which has not just run on these {crops} crops; give the model "
+                "pixels, not what the tower made of them before"
+            )
+        inputs = {key: notes[key] for key in self._wanted}
+        return TowerCall(self._layers, inputs, notes.get(None, features), (crops, rows))
+
+
+def _note(encodings: InFlight, key: int | None, module: nn.Module, args: tuple, kwargs: dict) -> None:
+    if encodings.top is not None:
+        encodings.top.notes[key] = host.layer_hidden(args, kwargs)

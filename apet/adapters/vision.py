@@ -2,22 +2,22 @@
 
 The projected rows go back to their own places in each crop and zero rows stand for the dropped ones: the host model
 arranges the crops as it always does (tiles, unpadding, newlines) and its count of placeholders holds. The decoder side
-then drops the columns of the zero rows (`adapters.decoder`), which it finds through the record kept here.
+then drops the columns of the zero rows (`adapters.prompt`), which it finds through the record of the encoder call.
 """
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from apet.adapters.inputs import CropInputs, Encoded
-from apet.adapters.layout import NEWLINE, follows, square, to_device
-from apet.adapters.tower_log import TowerTap
+from apet.adapters.hooks import InFlight, Removable
+from apet.adapters.inputs import CropInputs
+from apet.adapters.layout import NEWLINE, Item, follows, square, to_device
+from apet.adapters.tower import TowerCall, TowerTap
 from apet.core.types import CompressedTokens, token_sizes
 
 Budget = int | float | Sequence[int] | None
@@ -153,8 +153,68 @@ def budget_for(budget: Budget, length: int, item: int, images: int) -> int:
     return min(budget, length)
 
 
+@dataclass(eq=False)
+class Encoding:
+    """One encoder call: what is expected of it while it runs, and what it leaves. It rides on the call's output.
+
+    Attributes:
+        layouts: How crops become prompt columns; None where each crop is an image of its own.
+        owner: The forward that the call is part of, None outside of any.
+        settings: Configuration that it was made under.
+        notes: What entered the tower's layers and the projector, where it was asked for.
+        records: What the vision stage did to every image; None where tokens are chosen behind the projector.
+        items: The images or videos as they go into a prompt.
+        tower: What the tower did, where methods read it.
+        kept: Per crop the kept rows, between the two hooks of the projector.
+    """
+
+    layouts: Sequence[ImageLayout] | None = None
+    owner: Any = None
+    settings: Any = None
+    notes: dict[int | None, Tensor] = field(default_factory=dict)
+    records: tuple[ImageRecord, ...] | None = None
+    items: Sequence[Item] | None = None
+    tower: TowerCall | None = None
+    kept: list[Tensor] | None = None
+
+    def arranged(self, crops: int, length: int) -> Sequence[ImageLayout]:
+        """The layouts of a call about so many crops of so many rows.
+
+        Raises:
+            ValueError: Other layouts were announced.
+        """
+        layouts = self.layouts or [single_crop(length)] * crops
+        if sum(layout.crops for layout in layouts) != crops:
+            raise ValueError(
+                f"{crops} crops were encoded, but the image sizes stand for {[layout.crops for layout in layouts]}; "
+                "image_sizes and pixel values do not belong together"
+            )
+        return layouts
+
+    def finish(self) -> None:
+        """Turn the records into items, and let go of what only the call needed."""
+        if self.records is not None:
+            self.items = [_item(record) for record in self.records]
+        self.notes, self.kept, self.owner = {}, None, None
+
+    def rows(self, number: int, length: int) -> np.ndarray:
+        """Rows, counted through all crops, that the `length` columns of an image show; -1 for newlines."""
+        if self.records is None:
+            return np.arange(number * length, (number + 1) * length)
+        layouts = [record.layout for record in self.records]
+        columns = layouts[number].columns[:length]
+        first = sum(layout.crops for layout in layouts[:number]) * layouts[number].length
+        return np.where(columns == NEWLINE, NEWLINE, columns + first)
+
+
+def _item(record: ImageRecord) -> Item:
+    layout = record.layout
+    grid = square(layout.length) if record.is_plain else None
+    return Item((len(layout.columns),), layout.lines, grid=grid, crops=layout.crops)
+
+
 class VisionStage:
-    """Hooks around the projector of one model; remembers the last call per thread.
+    """Hooks around the projector of one model; they act inside `encoding`, and leave the projector alone outside.
 
     Args:
         projector: Maps rows (C, N, D) one by one.
@@ -180,157 +240,144 @@ class VisionStage:
         self._budget, self._select = budget, select
         self._per_image, self._published = per_image, published
         self._tap, self._keep_sizes = tap, keep_sizes
-        self._local = threading.local()
+        self.encodings = InFlight()
 
-    def attach(self) -> list:
+    def attach(self) -> list[Removable]:
         """Register the hooks; returns their handles."""
-        handles = [] if self._tap is None else self._tap.attach()
+        handles = [] if self._tap is None else self._tap.attach(self.encodings)
         return [
             *handles,
             self._projector.register_forward_pre_hook(self._before),
             self._projector.register_forward_hook(self._after),
         ]
 
-    @property
-    def encoded(self) -> Encoded | None:
-        """What the tower did in the last call in this thread, for a stage behind the projector."""
-        call = getattr(self._local, "call", None)
-        return None if call is None else Encoded(call, self._rows)
-
-    @property
-    def records(self) -> tuple[ImageRecord, ...] | None:
-        """The images of the last encoder call in this thread; None before the first."""
-        return getattr(self._local, "records", None)
-
     @contextmanager
-    def expecting(self, layouts: Sequence[ImageLayout]) -> Iterator[None]:
-        """Say how the crops encoded inside the block become prompt columns; otherwise each is an image of its own."""
-        self._local.layouts = layouts
-        try:
-            yield
-        finally:
-            self._local.layouts = None
+    def encoding(self, layouts: Sequence[ImageLayout] | None = None) -> Iterator[Encoding]:
+        """Compress what is encoded inside the block; its records are there when the block ends."""
+        with self.encodings.during(Encoding(layouts)) as encoding:
+            yield encoding
+        encoding.finish()
+
+    def check_images(self, count: int) -> None:
+        """Raise where budgets per image are not those of so many images, before any of them is encoded."""
+        budget_for(self._budget, 1, 0, count)
 
     def _before(self, module: nn.Module, args: tuple) -> tuple:
-        features = args[0]
+        encoding, features = self.encodings.top, args[0]
+        if encoding is None:
+            return args
         crops, length = features.shape[:2]
-        layouts = getattr(self._local, "layouts", None) or [single_crop(length)] * crops
-        if sum(layout.crops for layout in layouts) != crops:
-            raise ValueError(
-                f"{crops} crops were encoded, but the image sizes stand for {[layout.crops for layout in layouts]}; "
-                "image_sizes and pixel values do not belong together"
-            )
-        shown = np.concatenate([layout.shown for layout in layouts])
-        self._local.call = None if self._tap is None else self._tap.take(crops, length, features)
-        counts = self._counts(features, layouts, shown)
-        self._local.rows = self._local.delayed = None
-        if all(count is None for count in counts):
-            self._local.records = tuple(ImageRecord(layout, None) for layout in layouts)
+        encoding.layouts = encoding.arranged(crops, length)
+        encoding.tower = None if self._tap is None else self._tap.call(encoding.notes, crops, length, features)
+        encoding.records = tuple(ImageRecord(layout, None) for layout in encoding.layouts)
+        encoding.kept = None
+        if self._select is None or self._select.features == "post_projector":
             return args
-        if self._select.features == "post_projector":
-            self._local.delayed = counts, layouts, shown
-            return args
-        return (self._compress(features, counts, layouts, shown), *args[1:])
+        return (self._compress(encoding, features, features), *args[1:])
 
     def _after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Put the projected rows back in their places, zeros between them."""
-        if self._local.delayed is not None:
-            output = self._compress(output, *self._local.delayed)
-        if self._select is not None:
-            self._local.call = None
-        kept = self._local.rows
-        if kept is None:
+        encoding = self.encodings.top
+        if encoding is None or self._select is None:
             return output
-        full = output.new_zeros(output.shape[0], self._local.length, output.shape[2])
+        if self._select.features == "post_projector":
+            output = self._compress(encoding, output, args[0])
+        encoding.tower = None
+        if encoding.kept is None:
+            return output
+        kept, rows = encoding.kept, encoding.layouts[0].length
         places = nn.utils.rnn.pad_sequence(kept, batch_first=True)
         # Rows that only fill up a shorter crop are written over position 0 before the real ones are.
         filler = torch.arange(places.shape[1], device=places.device) >= _lengths(kept, places.device)
-        places = torch.where(filler, self._local.length, places)
-        full = nn.functional.pad(full, (0, 0, 0, 1))
+        places = torch.where(filler, rows, places)
+        full = output.new_zeros(output.shape[0], rows + 1, output.shape[2])
         full.scatter_(1, places.unsqueeze(-1).expand(-1, -1, output.shape[2]), output)
         return full[:, :-1]
 
-    def _counts(self, features: Tensor, layouts: Sequence[ImageLayout], shown: np.ndarray) -> list[int | None]:
+    def _compress(self, encoding: Encoding, tokens: Tensor, features: Tensor) -> Tensor:
+        """Kept rows (C, K, D) of `tokens`, filled up with zeros; all of them where every crop is kept whole."""
+        shown = np.concatenate([layout.shown for layout in encoding.layouts])
+        counts = self._counts(encoding, features, shown)
+        if all(count is None for count in counts):
+            return tokens
+        return self._keep(encoding, tokens, counts, shown)
+
+    def _counts(self, encoding: Encoding, features: Tensor, shown: np.ndarray) -> list[int | None]:
         """Tokens to keep of every crop; None for a crop that is kept whole."""
         length = features.shape[1]
         if self._per_image and self._budget is not None:
-            return self._split_by_error(features, layouts, shown)
-        counts, images = [], len(layouts)
-        for item, layout in enumerate(layouts):
+            return self._split_by_error(encoding, features, shown)
+        counts, images = [], len(encoding.layouts)
+        for item, layout in enumerate(encoding.layouts):
             counts += [budget_for(self._budget, length, item, images)] * layout.crops
         if self._published:
             return [None if count >= length else count for count in counts]
         return [None if count >= real else count for count, real in zip(counts, shown.sum(1).tolist(), strict=True)]
 
-    def _split_by_error(self, features: Tensor, layouts: Sequence[ImageLayout], shown: np.ndarray) -> list[int | None]:
+    def _split_by_error(self, encoding: Encoding, features: Tensor, shown: np.ndarray) -> list[int | None]:
         """Each image's budget over its crops, in proportion to the energy its basis cannot rebuild."""
         errors = features.new_zeros(features.shape[:2], dtype=torch.float32)
         for rows, places in _equal_crops(shown, [0] * len(shown), features.device):
             half = max(1, places.shape[1] // 2)
-            inputs = self._inputs(rows, places)
+            inputs = _inputs(encoding, rows, places)
             errors[rows, places] = self._select(features[rows, places], half, inputs=inputs).errors
         mass = errors.square().sum(-1).double().cpu().numpy()
         real = shown.sum(1)
         counts: list[int | None] = []
-        for item, layout in enumerate(layouts):
+        for item, layout in enumerate(encoding.layouts):
             members = slice(len(counts), len(counts) + layout.crops)
-            budget = budget_for(self._budget, int(real[members].sum()), item, len(layouts))
+            budget = budget_for(self._budget, int(real[members].sum()), item, len(encoding.layouts))
             split = _proportional(budget, mass[members], real[members])
             counts += [
                 None if count >= limit else int(count) for count, limit in zip(split, real[members], strict=True)
             ]
         return counts
 
-    def _inputs(self, rows: Tensor, places: Tensor) -> CropInputs | None:
-        """What the method may ask for about a group of crops."""
-        return None if self._local.call is None else CropInputs(self._local.call, rows, places)
-
-    def _rows(self, number: int, length: int) -> np.ndarray:
-        """Rows, counted through all crops, that the columns of an image show; -1 for newlines."""
-        layouts = [record.layout for record in self.records]
-        columns = layouts[number].columns[:length]
-        first = sum(layout.crops for layout in layouts[:number]) * layouts[number].length
-        return np.where(columns == NEWLINE, NEWLINE, columns + first)
-
-    def _compress(
-        self, features: Tensor, counts: Sequence[int | None], layouts: Sequence[ImageLayout], shown: np.ndarray
-    ) -> Tensor:
-        """Kept features (C, K, D), filled up with zeros; records the kept positions (K_c,) of every crop."""
+    def _keep(self, encoding: Encoding, tokens: Tensor, counts: Sequence[int | None], shown: np.ndarray) -> Tensor:
+        """Kept rows (C, K, D), filled up with zeros; the encoding learns the kept positions (K_c,) of every crop."""
         real = np.ones_like(shown) if self._published else shown
         limits = real.sum(1).tolist()
         sizes = [limit if count is None else count for count, limit in zip(counts, limits, strict=True)]
-        kept_rows = features.new_zeros(len(counts), max(sizes), features.shape[2])
+        kept_rows = tokens.new_zeros(len(counts), max(sizes), tokens.shape[2])
         kept: list[Tensor] = [torch.empty(0)] * len(counts)
-        folded = features.new_ones(features.shape[:2], dtype=torch.float32) if self._keep_sizes else None
-        for rows, places in _equal_crops(real, sizes, features.device):
+        folded = tokens.new_ones(tokens.shape[:2], dtype=torch.float32) if self._keep_sizes else None
+        for rows, places in _equal_crops(real, sizes, tokens.device):
             members = rows.flatten().tolist()
             count = sizes[members[0]]
-            block = features[rows, places]
-            rows_kept = [count] * len(members)
+            block = tokens[rows, places]
+            rows_kept, own = [count] * len(members), None
             if count < places.shape[1]:
-                grid = square(places.shape[1]) if places.shape[1] == features.shape[1] else None
-                result = self._select(block, count, grid=grid, inputs=self._inputs(rows, places))
+                grid = square(places.shape[1]) if places.shape[1] == tokens.shape[1] else None
+                result = self._select(block, count, grid=grid, inputs=_inputs(encoding, rows, places))
                 block, places = result.tokens, places.gather(1, result.indices.clamp(min=0))
+                own = None if folded is None else token_sizes(result)
                 if self._select.adaptive:
                     rows_kept = (result.indices >= 0).sum(1).tolist()
             kept_rows[members, :count] = block
             for position, crop in enumerate(members):
                 kept[crop] = places[position, : rows_kept[position]]
-                if folded is not None and count < limits[crop]:
-                    folded[crop, kept[crop]] = token_sizes(result)[position, : rows_kept[position]]
-        kept_rows = kept_rows[:, : max(map(len, kept))]
-        self._local.rows, self._local.length = kept, features.shape[1]
-        first = np.cumsum([0, *(layout.crops for layout in layouts)])
-        self._local.records = tuple(
-            ImageRecord(
-                layout,
-                tuple(kept[start : start + layout.crops]),
-                self._published,
-                None if folded is None else folded[start : start + layout.crops].flatten(),
-            )
-            for layout, start in zip(layouts, first[:-1], strict=True)
-        )
-        return kept_rows
+                if own is not None:
+                    folded[crop, kept[crop]] = own[position, : rows_kept[position]]
+        encoding.kept = kept
+        encoding.records = self._records(encoding.layouts, kept, folded)
+        return kept_rows[:, : max(map(len, kept))]
+
+    def _records(
+        self, layouts: Sequence[ImageLayout], kept: Sequence[Tensor], sizes: Tensor | None
+    ) -> tuple[ImageRecord, ...]:
+        """What was kept, image by image."""
+        records, start = [], 0
+        for layout in layouts:
+            crops = slice(start, start + layout.crops)
+            own = None if sizes is None else sizes[crops].flatten()
+            records.append(ImageRecord(layout, tuple(kept[crops]), self._published, own))
+            start += layout.crops
+        return tuple(records)
+
+
+def _inputs(encoding: Encoding, rows: Tensor, places: Tensor) -> CropInputs | None:
+    """What the method may ask for about a group of crops."""
+    return None if encoding.tower is None else CropInputs(encoding.tower, rows, places)
 
 
 def _equal_crops(real: np.ndarray, counts: Sequence[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -4,6 +4,7 @@ Paper: arXiv 2602.19870 (CVPR 2026). Needs neither text nor attention. Deviation
 in the algorithm specification section 3: deterministic start, float32 throughout, stable ties, safe degenerate cases.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from apet.compressor import compress
+from apet.config import ApetConfig
 from apet.core.types import CompressedTokens
 from apet.methods._budget import vision_and_middle
 from apet.methods.base import Method, StageContext, register
@@ -40,6 +42,10 @@ class Apet(Method):
             insertion=preset.insertion,
             generator=torch.Generator().manual_seed(config.seed) if config.basis_selection == "random" else None,
         )
+
+    def reads(self, config: ApetConfig) -> Collection[str]:
+        """Everything about the basis; where it starts for farthest points alone."""
+        return ("basis_selection", "fps_start") if config.basis_selection == "fps" else ("basis_selection",)
 
     def plan(self, average: float, tokens: int, layers: int) -> dict[str, Any]:
         """(288, 96), (192, 64) and (96, 32) for 192, 128 and 64 tokens of LLaVA-1.5."""

@@ -7,6 +7,8 @@ family. The patch asks it once per stage and group of equally long blocks, and h
 
 import dataclasses
 import difflib
+import types
+import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -73,6 +75,10 @@ class Method:
         declared = {name: getattr(self, f"needs_{name}") for name, (at, _) in INPUTS.items() if stage in at}
         return {name: need if isinstance(need, tuple) else () for name, need in declared.items() if need}
 
+    def reads(self, config: ApetConfig) -> Collection[str]:
+        """Those of `apet.config.METHOD_OPTIONS` that have an effect in this configuration."""
+        return ()
+
     def plan(self, average: float, tokens: int, layers: int) -> dict[str, Any]:
         """Budget fields of `ApetConfig` that spend `average` tokens per decoder layer as the method was published.
 
@@ -117,7 +123,24 @@ def get_method(name: str, **options: Any) -> Method:
     for option in options:
         if option not in known:
             raise ValueError(unknown_name(f"option of method {name!r}:", option, known or ["none at all"]))
-    return _METHODS[name](**options)
+    hints = typing.get_type_hints(_METHODS[name])
+    return _METHODS[name](**{option: _typed(name, option, value, hints[option]) for option, value in options.items()})
+
+
+def _typed(method: str, option: str, value: Any, hint: Any) -> Any:
+    """The value as its field's type: an int does for a float, and False, which switches off, for 0.
+
+    Raises:
+        ValueError: It is of another type.
+    """
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(value) in allowed or any(typing.get_origin(kind) for kind in allowed):
+        return value
+    number = value is False and (int in allowed or float in allowed)
+    if number or (type(value) is int and float in allowed):
+        return 0 if number else float(value)
+    names = " or ".join("none" if kind is type(None) else kind.__name__ for kind in allowed)
+    raise ValueError(f"option {option}={value!r} of method {method!r} must be {names}")
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> str:

@@ -51,10 +51,11 @@ class ApetLlava(LlavaForConditionalGeneration):
         self._vision_stage = attach_vision_stage(self)
 
     def _process_image_input(self, image_input: Any) -> Any:
-        features = super()._process_image_input(image_input)
         if isinstance(image_input, LlavaImageEmbeddingInputs):
-            return features
-        return tuple(map(_kept, features, self._vision_stage.records))
+            return super()._process_image_input(image_input)
+        with self._vision_stage.encoding() as encoding:
+            features = super()._process_image_input(image_input)
+        return tuple(map(_kept, features, encoding.records))
 
 
 def _kept(rows: torch.Tensor, record: ImageRecord) -> torch.Tensor:

@@ -79,9 +79,9 @@ class ApetLlavaNext(LlavaNextForConditionalGeneration):
         trimmed = LlavaNextImagePixelInputs(
             type="pixel_values", pixel_values=pixels, image_sizes=image_input["image_sizes"]
         )
-        with self._vision_stage.expecting(layouts):
+        with self._vision_stage.encoding(layouts) as encoding:
             features = super()._process_image_input(trimmed)
-        return tuple(map(_kept, features, self._vision_stage.records))
+        return tuple(map(_kept, features, encoding.records))
 
 
 def _kept(rows: torch.Tensor, record: ImageRecord) -> torch.Tensor:

@@ -4,7 +4,7 @@ The classes add methods to the transformers models; they hold no weights and rep
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,12 +68,14 @@ class Prompt:
         labels: (B, L) int64, or None.
         visual_items: (B, L) int64 on the CPU: index of the image for its visual tokens, -1 for text, -2 for padding.
             What `apet`'s patch needs to know about a prompt without ids.
+        visual_encoding: What a patched model left of encoding the images; None on a model that is not.
     """
 
     inputs_embeds: Tensor
     attention_mask: Tensor
     labels: Tensor | None
     visual_items: Tensor
+    visual_encoding: Any = None
 
 
 class LlavaMetaForCausalLM:
@@ -142,6 +144,7 @@ class LlavaMetaForCausalLM:
             embeds, mask = prompt.inputs_embeds, prompt.attention_mask.long()
             if apet.active_config(self) is not None:
                 kwargs["visual_items"] = prompt.visual_items
+                kwargs["visual_encoding"] = prompt.visual_encoding
         return super().generate(inputs_embeds=embeds, attention_mask=mask, **_own_penalty(kwargs))
 
     def prepare_inputs_labels_for_multimodal(
@@ -188,7 +191,7 @@ class LlavaMetaForCausalLM:
         Raises:
             IndexError: More placeholders than images.
         """
-        features = self._image_features(images, image_sizes)
+        features, encoding = self._image_features(images, image_sizes)
         rows, next_image = [], 0
         for row in range(input_ids.shape[0]):
             real = slice(None) if attention_mask is None else attention_mask[row].bool()
@@ -202,7 +205,8 @@ class LlavaMetaForCausalLM:
                 )
             rows.append(self._splice_row(ids, None if labels is None else labels[row][real], places, used, next_image))
             next_image += max(1, len(places))
-        return _pad_rows(rows, padding_side, attention_mask, labels is not None)
+        prompt = _pad_rows(rows, padding_side, attention_mask, labels is not None)
+        return replace(prompt, visual_encoding=encoding)
 
     def _splice_row(
         self, ids: Tensor, labels: Tensor | None, places: list[int], images: Sequence[Tensor], first_image: int
@@ -227,21 +231,25 @@ class LlavaMetaForCausalLM:
 
     def _image_features(
         self, images: Tensor | Sequence[Tensor] | TowerOutput, image_sizes: Sequence[Sequence[int]] | None
-    ) -> Sequence[Tensor]:
-        """Features (n_i, D) per placeholder. A 4-D tensor is one crop per image; other crops are merged."""
+    ) -> tuple[Sequence[Tensor], Any]:
+        """Features (n_i, D) per placeholder, and what a patched model left of encoding them.
+
+        A 4-D tensor is one crop per image; other crops are merged.
+        """
         if isinstance(images, TowerOutput) or (isinstance(images, Tensor) and images.dim() == 4):
-            return self.encode_images(images)
+            with apet.expecting_images(self) as encoding:
+                return self.encode_images(images), encoding
         stacks = _crop_stacks(images)
         if not stacks:
-            return []
+            return [], None
         if image_sizes is not None and len(image_sizes) < len(stacks):
             raise ValueError(f"image_sizes has {len(image_sizes)} entries for {len(stacks)} images; give one per image")
         sizes = [None if image_sizes is None else image_sizes[index] for index in range(len(stacks))]
         newline = self._newline()
-        with apet.expecting_images(self, self._layouts([len(stack) for stack in stacks], sizes)):
+        with apet.expecting_images(self, self._layouts([len(stack) for stack in stacks], sizes)) as encoding:
             encoded = self.encode_images(torch.cat(stacks))
         crops = encoded.split([len(stack) for stack in stacks])
-        return [self._merge_crops(one, newline, size) for one, size in zip(crops, sizes, strict=True)]
+        return [self._merge_crops(one, newline, size) for one, size in zip(crops, sizes, strict=True)], encoding
 
     def _layouts(self, crops: Sequence[int], sizes: Sequence[Sequence[int] | None]) -> list[apet.ImageLayout]:
         """How the features of every image's crops become its tokens, for a patched model.

@@ -171,9 +171,9 @@ def test_tokens_of_a_tiled_image_are_those_the_vision_stage_keeps(layout, fields
         projector, config.stage_budgets[0], image_selector(config, served(NEXT)), config.budget_per == "image"
     )
     stage.attach()
-    with stage.expecting([layout]):
+    with stage.encoding([layout]) as encoding:
         projector(torch.randn(layout.crops, layout.length, 6, generator=torch.Generator().manual_seed(1)))
-    (record,) = stage.records
+    (record,) = encoding.records
     newlines = int((layout.columns == -1).sum())
     shown = [column for column in record.kept_columns() if layout.columns[column] != -1]
     assert tiled_image_tokens(config, layout) == len(shown) + newlines

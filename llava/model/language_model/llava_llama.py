@@ -27,15 +27,25 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlavaForConditionalGeneration)
             # What closes every row of an anyres picture; the transformers class of this family has no such weight.
             self.model.image_newline = torch.nn.Parameter(torch.zeros(config.text_config.hidden_size))
 
-    def forward(self, *args: Any, visual_items: Tensor | None = None, **kwargs: Any) -> Any:
-        """The transformers forward; `visual_items` (B, L) tells a patch where the images of an embedded prompt are."""
+    def forward(
+        self, *args: Any, visual_items: Tensor | None = None, visual_encoding: Any = None, **kwargs: Any
+    ) -> Any:
+        """The transformers forward; a patch learns where the images of an embedded prompt are, and what was kept.
+
+        Args:
+            *args: As transformers has them.
+            visual_items: (B, L), see `llava.model.llava_arch.Prompt`.
+            visual_encoding: What `apet.expecting_images` gave.
+            **kwargs: As transformers has them.
+        """
         if visual_items is not None and apet.active_config(self) is not None:
-            kwargs["visual_items"] = visual_items
+            kwargs |= {"visual_items": visual_items, "visual_encoding": visual_encoding}
         return super().forward(*args, **kwargs)
 
     def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict, *args: Any, **kwargs: Any) -> dict:
         # A compiled decoding step would be made anew for every prompt length these have.
         model_kwargs.pop("visual_items", None)
+        model_kwargs.pop("visual_encoding", None)
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -43,7 +53,9 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlavaForConditionalGeneration)
         super().save_pretrained(save_directory, *args, **{"save_original_format": False} | kwargs)
 
 
-LlavaLlamaForCausalLM.forward.__signature__ = host.with_argument(LlavaForConditionalGeneration.forward, "visual_items")
+LlavaLlamaForCausalLM.forward.__signature__ = host.with_arguments(
+    LlavaForConditionalGeneration.forward, "visual_items", "visual_encoding"
+)
 
 
 def _projector_sizes(config: LlavaConfig) -> SimpleNamespace:

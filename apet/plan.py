@@ -1,0 +1,207 @@
+"""From a configuration to the stages of a model: what runs where; what does not fit is refused, the model untouched."""
+
+from dataclasses import dataclass
+
+from apet.adapters import Adapter, host
+from apet.adapters.stages import Stage
+from apet.adapters.tower import TowerTap
+from apet.adapters.vision import VisionStage
+from apet.config import ApetConfig, StagePreset, check_not_growing
+from apet.methods import get_method, selector
+from apet.methods.base import Selector
+from apet.methods.context import missing_input
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration on a model.
+
+    Attributes:
+        vision: Hooks around the projector, None for families that are compressed behind it.
+        stages: In the order of the layers.
+        taps: Notes of the vision towers, where the method reads them.
+        size_bias: Put the sizes of tokens into the decoder's attention.
+        keep_positions: Surviving tokens keep their positions; else they are counted anew.
+        per_frame: The vision budgets of videos are for each frame.
+    """
+
+    vision: VisionStage | None
+    stages: list[Stage]
+    taps: list[TowerTap]
+    size_bias: bool
+    keep_positions: bool
+    per_frame: bool
+
+
+def is_empty(config: ApetConfig) -> bool:
+    """Whether a configuration asks for no compression anywhere."""
+    return all(budget is None for budget in config.stage_budgets) and config.video_token_num is None
+
+
+def plan(adapter: Adapter, config: ApetConfig) -> Plan:
+    """The stages of a configuration on a model, checked.
+
+    Raises:
+        ValueError: As `apet.apply_patch`.
+    """
+    _check_layers(adapter, config)
+    _check_family(adapter, config)
+    _check_budgets(adapter, config)
+    stages = _decoder_stages(adapter, config)
+    select = None
+    if config.stage_budgets[0] is not None or config.video_token_num is not None:
+        select = _selector(adapter, config, "vision", adapter.preset.vision)
+    selects = [stage.select for stage in stages] + ([] if select is None else [select])
+    _check_options(adapter, config, selects)
+    size_bias = any(one.size_bias for one in selects)
+    sizes = size_bias or any(stage.select.reads_sizes for stage in stages)
+    taps = [] if select is None else _tower_taps(adapter, select)
+    # Text is known when the prompt is put together: a method that reads it chooses among the embedded image tokens.
+    embedded = adapter.projector is None or (select is not None and "text_embeddings" in select.needs)
+    vision = None if adapter.projector is None else _vision_stage(adapter, config, select, embedded, taps, sizes)
+    if embedded and select is not None:
+        stages.insert(0, _embedded_stage(adapter, config, select))
+    elif config.stage_budgets[0] is not None:
+        stages.insert(0, Stage("vision", 0, config.stage_budgets[0], None))
+    positions = adapter.preset.position_mode if config.position_mode == "auto" else config.position_mode
+    return Plan(vision, stages, taps, size_bias, positions == "keep", _per_frame(adapter, config))
+
+
+def _check_layers(adapter: Adapter, config: ApetConfig) -> None:
+    """Raise for decoder stages that the model cannot have."""
+    num_layers, asked = len(adapter.layers), f"layer_list={list(config.layer_list)} asks for a stage after layer"
+    for layer in config.layer_list:
+        if layer >= num_layers:
+            raise ValueError(
+                f"{asked} {layer}, but the model has {num_layers} layers; choose layers 1..{num_layers - 1}"
+            )
+        if layer < adapter.first_stage_layer:
+            raise ValueError(
+                f"{asked} {layer}, but the first layers of the model add features to every visual token; choose layers "
+                f"{adapter.first_stage_layer}..{num_layers - 1}"
+            )
+    other = host.other_attention(adapter.text_model.config)
+    if config.layer_list and other is not None:
+        raise ValueError(
+            f"the text model uses attention other than full ({other}); "
+            "stages inside the decoder need full attention: leave layer_list empty"
+        )
+
+
+def _check_family(adapter: Adapter, config: ApetConfig) -> None:
+    """Raise where the family does not know an option."""
+    if adapter.projector is not None and config.budget_per == "prompt":
+        raise ValueError(
+            f"budget_per='prompt' is not possible for {adapter.family}: its images are compressed one by one"
+        )
+    if adapter.videos is None and (config.video_token_num is not None or config.video_budget_per != "auto"):
+        raise ValueError(f"{adapter.family} takes no videos; leave out video_token_num and video_budget_per")
+    if adapter.projector is None and config.compat == "published":
+        raise ValueError(f"compat='published' is about anyres images; {adapter.family} has none: leave it out")
+
+
+def _check_budgets(adapter: Adapter, config: ApetConfig) -> None:
+    """Raise where a stage would keep more than the one before leaves."""
+    parted = not adapter.single_crop or (adapter.videos is not None and _per_frame(adapter, config))
+    if not parted or config.budget_per == "prompt":
+        # The vision budget of a crop or frame is not comparable with the others, which are the image's or clip's.
+        names = ["visual_token_num", *(f"the stage after layer {layer}" for layer in config.layer_list)]
+        check_not_growing(list(zip(names, config.stage_budgets, strict=True)))
+
+
+def _check_options(adapter: Adapter, config: ApetConfig, selects: list[Selector]) -> None:
+    """Raise for options that nothing in this configuration reads, or that no image of the model can follow."""
+    if config.fps_start != "farthest" and adapter.crop_tokens is not None and config.fps_start >= adapter.crop_tokens:
+        raise ValueError(
+            f"fps_start: start={config.fps_start} is not one of the {adapter.crop_tokens} tokens of an image; choose "
+            f"0..{adapter.crop_tokens - 1}, or 'farthest'"
+        )
+    get_method(config.method, **config.method_options)
+    changed = config.changed_options()
+    if not selects and (changed or config.method_options):
+        options = ", ".join(f"{name}={value!r}" for name, value in (changed | config.method_options).items())
+        raise ValueError(f"{options}: no effect without a budget; give visual_token_num or another one")
+    read = {name for select in selects for name in select.method.reads(config)}
+    for name, value in changed.items():
+        if name not in read:
+            raise ValueError(
+                f"{name}={value!r} has no effect with method {config.method!r}; leave it out, or choose a method that "
+                "reads it"
+            )
+
+
+def _decoder_stages(adapter: Adapter, config: ApetConfig) -> list[Stage]:
+    """The stages inside the decoder."""
+    published = config.compat == "published"
+    vision_budget, *budgets = config.stage_budgets
+    window = vision_budget if published else None
+    pool = "prompt" if config.budget_per == "prompt" else "item"
+    stages = []
+    for layer, budget in zip(config.layer_list, budgets, strict=True):
+        select = _selector(adapter, config, "llm", adapter.preset.llm, layer)
+        stages.append(Stage(f"layer {layer}", layer, budget, select, window, pool))
+        window = budget if published else None
+    return stages
+
+
+def _vision_stage(
+    adapter: Adapter, config: ApetConfig, select: Selector | None, embedded: bool, taps: list[TowerTap], sizes: bool
+) -> VisionStage:
+    """The hooks around the projector; they only record where tokens are chosen behind it (`embedded`)."""
+    here = (None, None) if embedded else (config.stage_budgets[0], select)
+    tap = taps[0] if taps else None
+    return VisionStage(adapter.projector, *here, config.budget_per == "image", config.compat == "published", tap, sizes)
+
+
+def _selector(adapter: Adapter, config: ApetConfig, stage: str, preset: StagePreset, layer: int = 0) -> Selector:
+    """The method at a stage.
+
+    Raises:
+        ValueError: The method cannot run there, or asks for something the family does not have.
+    """
+    select = selector(config, stage, preset, layer=layer, num_layers=len(adapter.layers))
+    for name, layers in select.needs.items():
+        reason = adapter.unavailable(name, layers)
+        if reason is not None:
+            raise ValueError(missing_input(select.method.name, name, layers, stage, reason))
+    if stage == "vision" and "text_embeddings" in select.needs and config.compat == "published":
+        raise ValueError(
+            f"method {select.method.name!r} reads the text, which the published accounting (compat='published') does "
+            "not know; leave compat out"
+        )
+    return select
+
+
+def _tower_taps(adapter: Adapter, select: Selector) -> list[TowerTap]:
+    """Notes of the towers that a method's vision stage reads: one for each kind of input; none if it reads no tower."""
+    layers = {layer for wanted in select.needs.values() for layer in wanted}
+    if not layers and "vision_features" not in select.needs:
+        return []
+    if adapter.projector is not None:
+        return [TowerTap(adapter.class_token_towers[0] if layers else None, layers)]
+    projector = adapter.row_projector if "vision_features" in select.needs else None
+    return [TowerTap(tower, layers, projector) for tower in adapter.class_token_towers]
+
+
+def _embedded_stage(adapter: Adapter, config: ApetConfig, select: Selector) -> Stage:
+    """The vision stage among the embedded tokens."""
+    budget = config.stage_budgets[0]
+    if config.budget_per == "prompt":
+        return Stage("vision", 0, budget, select, pool="prompt")
+    per_crop = config.budget_per == "crop"
+    if adapter.projector is not None:
+        # The host has arranged the crops as one picture: tokens of all of them are chosen together.
+        return Stage("vision", 0, budget, select, per_crop=per_crop)
+    videos = None
+    if adapter.videos is not None:
+        per_frame = _per_frame(adapter, config)
+        video_select = _selector(adapter, config, "vision", adapter.preset.frame) if per_frame else select
+        video_budget = budget if config.video_token_num is None else config.video_token_num
+        videos = Stage("vision", 0, video_budget, video_select, pool="segment" if per_frame else "item")
+    return Stage("vision", 0, budget, select, pool="segment" if per_crop else "item", videos=videos)
+
+
+def _per_frame(adapter: Adapter, config: ApetConfig) -> bool:
+    """Whether the vision budgets of videos are for each frame."""
+    chosen = adapter.preset.video_budget_per if config.video_budget_per == "auto" else config.video_budget_per
+    return chosen == "frame" and config.budget_per != "prompt"
