@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from apet.core.constants import on_device
+
 TEXT, PADDING = -1, -2
 NEWLINE = -1
 
@@ -359,6 +361,5 @@ def _repeats(kinds: np.ndarray, kind: int, items: Sequence[Item]) -> int:
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """A host array as a device tensor, without waiting for the device."""
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A host array as a device tensor, without waiting for the device. Shared with other calls: never write into it."""
+    return on_device(torch.from_numpy(np.ascontiguousarray(array)), device)

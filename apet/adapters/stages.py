@@ -328,13 +328,13 @@ def gather(
     """Sequences (B, L, D) cut to what was chosen, with new content where the method gave any, packed to the right."""
     device = hidden.device
     move = layout.shorten(ways_of(layout, units, choices))
-    source = to_device(move.source, device)
+    source = to_device(move.source, device).clone()
     new_columns = dict(zip(layout.blocks(), move.places, strict=True))
     places = [np.concatenate([new_columns[block] for block in unit.blocks]) for unit in units]
     for members in equal([choice.way if isinstance(choice.way, int) else None for choice in choices]):
         # Here the host knows how many columns stay; which ones is filled in on the device.
         indices = torch.stack([choices[member].indices for member in members]).to(device)
-        starts = torch.tensor([[units[member].blocks[0].start] for member in members], device=device)
+        starts = to_device(np.array([[units[member].blocks[0].start] for member in members]), device)
         rows = to_device(np.array([[units[member].row] for member in members]), device)
         source[rows, to_device(np.stack([places[member] for member in members]), device)] = starts + indices
     packed = hidden.gather(1, source.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))

@@ -317,7 +317,7 @@ class VisionStage:
     def _split_by_error(self, encoding: Encoding, features: Tensor, shown: np.ndarray) -> list[int | None]:
         """Each image's budget over its crops, in proportion to the energy its basis cannot rebuild."""
         errors = features.new_zeros(features.shape[:2], dtype=torch.float32)
-        for rows, places in _equal_crops(shown, [0] * len(shown), features.device):
+        for _, rows, places in _equal_crops(shown, [0] * len(shown), features.device):
             half = max(1, places.shape[1] // 2)
             inputs = _inputs(encoding, rows, places)
             errors[rows, places] = self._select(features[rows, places], half, inputs=inputs).errors
@@ -341,8 +341,7 @@ class VisionStage:
         kept_rows = tokens.new_zeros(len(counts), max(sizes), tokens.shape[2])
         kept: list[Tensor] = [torch.empty(0)] * len(counts)
         folded = tokens.new_ones(tokens.shape[:2], dtype=torch.float32) if self._keep_sizes else None
-        for rows, places in _equal_crops(real, sizes, tokens.device):
-            members = rows.flatten().tolist()
+        for members, rows, places in _equal_crops(real, sizes, tokens.device):
             count = sizes[members[0]]
             block = tokens[rows, places]
             rows_kept, own = [count] * len(members), None
@@ -353,7 +352,7 @@ class VisionStage:
                 own = None if folded is None else token_sizes(result)
                 if self._select.adaptive:
                     rows_kept = (result.indices >= 0).sum(1).tolist()
-            kept_rows[members, :count] = block
+            kept_rows[rows.flatten(), :count] = block
             for position, crop in enumerate(members):
                 kept[crop] = places[position, : rows_kept[position]]
                 if own is not None:
@@ -380,8 +379,12 @@ def _inputs(encoding: Encoding, rows: Tensor, places: Tensor) -> CropInputs | No
     return None if encoding.tower is None else CropInputs(encoding.tower, rows, places)
 
 
-def _equal_crops(real: np.ndarray, counts: Sequence[int], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Crops with equally many real rows and the same count, as one batch: crop numbers (G, 1) and real rows (G, n).
+def _equal_crops(
+    real: np.ndarray, counts: Sequence[int], device: torch.device
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Crops with equally many real rows and the same count, as one batch.
+
+    Yields their numbers on the host, the same (G, 1) on the device, and their real rows (G, n).
 
     Padding is left out of the batch rather than masked, so that no method can choose it or be influenced by it.
     """
@@ -391,11 +394,11 @@ def _equal_crops(real: np.ndarray, counts: Sequence[int], device: torch.device) 
     for (size, _), members in groups.items():
         if size:
             places = np.stack([np.flatnonzero(real[crop]) for crop in members])
-            yield torch.tensor(members).view(-1, 1), to_device(places, device)
+            yield members, to_device(np.array(members).reshape(-1, 1), device), to_device(places, device)
 
 
 def _lengths(kept: Sequence[Tensor], device: torch.device) -> Tensor:
-    return torch.tensor([[len(one)] for one in kept], device=device)
+    return to_device(np.array([[len(one)] for one in kept]), device)
 
 
 def _proportional(total: int, mass: np.ndarray, limits: np.ndarray) -> np.ndarray:

@@ -74,7 +74,10 @@ class Variant:
 
         @torch.inference_mode()
         def prefill() -> Tensor:
-            features = torch.cat(tuple(host.encoded_features(base.get_image_features(inputs["pixel_values"]))))
+            encoded = base.get_image_features(inputs["pixel_values"])
+            features = torch.cat(tuple(host.encoded_features(encoded)))
+            if known:
+                known["visual_encoding"] = encoded.apet
             embeds = embed(ids)
             embeds.flatten(0, 1).index_copy_(0, rows, features.to(embeds.dtype))
             cache = DynamicCache(config=self.model.config.get_text_config())

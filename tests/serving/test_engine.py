@@ -146,12 +146,26 @@ def test_videos_of_qwen(folders, settings):
 
 def embedded(model, pixels, sizes=None):
     """What the engine's model makes of pixels: kept positions and embeddings, as lists."""
+    import contextlib
+
     import torch
 
-    with torch.inference_mode():
-        extra = {} if sizes is None else {"image_sizes": torch.tensor(sizes)}
-        rows = model.embed_multimodal(pixel_values=torch.tensor(pixels), **extra)
-    kept = [[crop.tolist() for crop in record.kept] for record in model._vision_stage.records]
+    original, encodings = model._vision_stage.encoding, []
+
+    @contextlib.contextmanager
+    def watched(*args):
+        with original(*args) as encoding:
+            yield encoding
+        encodings.append(encoding)
+
+    model._vision_stage.encoding = watched
+    try:
+        with torch.inference_mode():
+            extra = {} if sizes is None else {"image_sizes": torch.tensor(sizes)}
+            rows = model.embed_multimodal(pixel_values=torch.tensor(pixels), **extra)
+    finally:
+        del model._vision_stage.encoding
+    kept = [[crop.tolist() for crop in record.kept] for encoding in encodings for record in encoding.records]
     return kept, [one.tolist() for one in rows]
 
 
@@ -160,8 +174,8 @@ def test_kept_tokens_and_embeddings_of_llava_equal_those_of_the_patch(folders):
     settings = {"visual_token_num": 64}
     pixels = torch.randn(3, 3, 336, 336, generator=torch.Generator().manual_seed(0))
     with apet.patched(model, apet.ApetConfig.from_dict(settings)), torch.inference_mode():
-        features = model.model.get_image_features(pixel_values=pixels).pooler_output
-        records = model._apet_patch.vision.records
+        encoded = model.model.get_image_features(pixel_values=pixels)
+        features, records = encoded.pooler_output, encoded.apet.records
     with engine(folders["sample"], settings) as llm:
         kept, rows = in_model(llm, embedded, pixels=pixels.tolist())
     for full, record, indices, found in zip(features, records, kept, rows, strict=True):
@@ -175,8 +189,8 @@ def test_kept_tokens_and_embeddings_of_tiles_equal_those_of_the_patch_and_newlin
     inputs = reference.processor.image_processor([PICTURES["wide"], PICTURES["tall"]], return_tensors="pt")
     model = reference.model
     with torch.inference_mode():
-        features = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"]).pooler_output
-    records = model._apet_patch.vision.records
+        encoded = model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+    features, records = encoded.pooler_output, encoded.apet.records
     with engine(folders["next"], settings, limit_mm_per_prompt={"image": 2}) as llm:
         kept, rows = in_model(
             llm, embedded, pixels=inputs["pixel_values"].tolist(), sizes=inputs["image_sizes"].tolist()
