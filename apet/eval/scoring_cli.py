@@ -9,6 +9,9 @@ from collections.abc import Callable, Sequence
 from apet.eval.benchmarks.base import Score, Submission
 from apet.eval.benchmarks.files import DUPLICATE_RULES, PathLike
 
+# What the user can mend: a bad value or file, a package that is not installed, something a model cannot do.
+USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError)
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that takes every long flag with `-` and with `_`, whichever way it is declared."""
@@ -41,11 +44,11 @@ def add_score_flags(parser: Parser) -> None:
 
 
 def run(parser: Parser, action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
-    """Parse and run; what the user can mend (bad value, bad file) becomes one line on stderr and exit status 1."""
+    """Parse and run; what the user can mend (`USER_ERRORS`) becomes one line on stderr and exit status 1."""
     args = parser.parse_args(argv)
     try:
         action(args)
-    except (ValueError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
     return 0

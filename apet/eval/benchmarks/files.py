@@ -18,20 +18,53 @@ PathLike = str | os.PathLike[str]
 DUPLICATE_RULES = ("error", "last")
 
 
+def user_path(path: PathLike) -> Path:
+    """The path with a leading ~ or ~user replaced; ValueError if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no user of that name; write the path out") from None
+
+
 def read_text(path: PathLike) -> str:
     """The UTF-8 text of a file (a byte-order mark is dropped); ValueError naming the file if it is not UTF-8."""
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8-sig")
+        return user_path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): is it the right file?") from None
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: It is broken (`json.JSONDecodeError`), or no text of it could be sent or written: nested too deep,
+            a number too long, half of a surrogate pair.
+    """
+    try:
+        value = json.loads(text)
+        if r"\ud" in text.lower():  # the escape of half a surrogate pair; two of them are a character
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds {error.object[error.start]!r}, which is half a character") from None
+    except ValueError:  # Python converts no longer ones
+        raise ValueError("it holds a number of thousands of digits") from None
+    return value
+
+
 def read_json(path: PathLike) -> Any:
     """The value of a JSON file; ValueError naming file, line and column if it is broken."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
 
 
 def iterate_jsonl(path: PathLike, broken: list[int] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -46,18 +79,20 @@ def iterate_jsonl(path: PathLike, broken: list[int] | None = None) -> Iterator[t
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             problem = None if isinstance(row, dict) else f"expected a JSON object, got {type(row).__name__}"
         except json.JSONDecodeError as error:
             problem = f"not JSON ({error.msg} at column {error.colno})"
+        except ValueError as error:
+            problem = str(error)
         if problem is None:
             yield number, row
         elif broken is not None:
             broken.append(number)
         else:
             raise ValueError(
-                f"{path} line {number}: {problem}: {_clip(line)}; if a run was interrupted here, delete the line and "
-                "run again with --resume"
+                f"{path} line {number}: {problem}: {_clip(line)}; mend or delete the line (--resume answers again what "
+                "an interrupted run left half written)"
             )
 
 
@@ -81,11 +116,22 @@ def read_jsonl(
     return rows
 
 
-def require_keys(row: Mapping[str, Any], required: Collection[str], where: str) -> None:
-    """ValueError naming the missing keys and those present."""
+def require_keys(row: Any, required: Collection[str], where: str) -> None:
+    """ValueError unless `row` is an object with these keys; names the missing ones and those present."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     missing = [key for key in required if key not in row]
     if missing:
         raise ValueError(f"{where}: no {' and no '.join(map(repr, missing))} (keys there: {', '.join(row) or 'none'})")
+
+
+def require_types(row: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where: str) -> None:
+    """ValueError unless each key's value is of one of its types; the types are named as JSON files have them."""
+    for key, allowed in types.items():
+        # bool is an int to Python, not to these files
+        if not isinstance(row[key], allowed) or isinstance(row[key], bool):
+            names = " or ".join(kind.__name__ for kind in allowed)
+            raise ValueError(f"{where}: {key!r} is {row[key]!r}, expected {names}")
 
 
 def read_answers(path: PathLike, duplicates: str = "error") -> dict[str, dict[str, Any]]:
@@ -179,7 +225,7 @@ def replacing(path: PathLike) -> Iterator[Path]:
 
     A reader never sees half a file, and a failed write leaves the old one.
     """
-    target = Path(path).expanduser()
+    target = user_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Named after the process, so that two writers do not share it; the suffix stays, writers choose formats by it.
     temporary = target.with_name(f".{os.getpid()}.{target.name}")
