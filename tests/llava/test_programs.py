@@ -327,6 +327,11 @@ class TestChat:
         second = out.split("{'prompt':")[2]
         assert second.count("<image>") == 1 and "<s>" not in second and "</s></s>" not in second
 
+    def test_markers_that_do_not_fit_are_named_and_the_chat_goes_on(self, monkeypatch, capsys):
+        out = self.talk(monkeypatch, capsys, "<image> <image>", "Is <image> red?", "And <image> now?", "And now?", "")
+        assert "<image> 2 times for 1 picture" in out and "<image> 1 times for 0 pictures" in out
+        assert out.count("ASSISTANT: ") == 2 and out.rstrip().endswith("exit...")
+
     def test_end_of_input_ends_the_chat(self, monkeypatch, capsys):
         assert "exit..." in self.talk(monkeypatch, capsys)
 
