@@ -11,11 +11,12 @@ import torch
 
 from apet.eval.answerer import Answerer
 from apet.eval.benchmarks import Benchmark, Question, get_benchmark
+from apet.eval.benchmarks.video_qa import VideoQa
 from apet.eval.cli import add_compression_flags, add_data_flags, add_runner_flags, config_from_flags, run_options
 from apet.eval.endpoint import KEY_VARIABLE, Endpoint
 from apet.eval.run_record import RunRecord
 from apet.eval.runner import merge_ranks, rank_options, run
-from apet.eval.scoring_cli import Parser
+from apet.eval.scoring_cli import USER_ERRORS, Parser
 from apet.eval.server import ServerAnswerer
 from llava.conversation import new_conversation, plain_conv_mode
 from llava.eval.answerer import GenerationSettings, LlavaAnswerer, LlavaPreparer
@@ -82,6 +83,12 @@ def add_server_flags(parser: Parser) -> None:
     )
     group.add_argument("--server_model", type=str, default=None, help="which of its models, if it serves several")
     group.add_argument("--concurrency", type=int, default=8, help="requests under way at a time")
+    group.add_argument(
+        "--allow-outside-pictures",
+        action="store_true",
+        help="send the server pictures outside --image-folder too, which a question file names by .., an absolute path "
+        "or a link",
+    )
 
 
 def main(
@@ -106,7 +113,7 @@ def main(
         if complete is not None:
             complete(args)
         return _answer(parser, args, read)
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+    except USER_ERRORS as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
 
@@ -155,14 +162,18 @@ def load_model(args: argparse.Namespace) -> tuple:
 def _answer(parser: Parser, args: argparse.Namespace, read: Callable[..., list[Question]] | None) -> int:
     if args.server is not None:
         _refuse_local_flags(parser, args)
+    elif args.allow_outside_pictures:
+        raise ValueError("--allow-outside-pictures is about what is sent to a --server; leave it out without one")
     config_from_flags(args)
     wanted = run_options(args)
     if args.server is not None:
+        if args.concurrency < 1:
+            raise ValueError(f"--concurrency {args.concurrency} must be at least 1")
         # The server forms its own batches; ours only keep it busy: while the last answers of one come, others wait.
         wanted = replace(wanted, batch_size=4 * args.concurrency)
     options = rank_options(wanted, args.chunks_given)
     benchmark: Benchmark = get_benchmark(args.benchmark)
-    questions = benchmark.read(args.question_file) if read is None else read(benchmark, args)
+    questions = (read or _read)(benchmark, args)
     answerer = _local_answerer(args) if args.server is None else _server_answerer(args)
     if any(question.video is not None for question in questions) and not answerer.preparer.videos:
         raise ValueError(f"{answerer.model_id} takes no videos here; name a checkpoint of a family that does")
@@ -171,6 +182,21 @@ def _answer(parser: Parser, args: argparse.Namespace, read: Callable[..., list[Q
     merge_ranks(options, wanted.answers_file)
     _print_summary(record, wanted.answers_file)
     return 0
+
+
+def _read(benchmark: Benchmark, args: argparse.Namespace) -> list[Question]:
+    if isinstance(benchmark, VideoQa):
+        raise ValueError(f"--benchmark {benchmark.name} is about videos; answer it with llava.eval.video_qa")
+    return benchmark.read(args.question_file)
+
+
+def require_benchmark(benchmark: Benchmark, kind: type[Benchmark]) -> None:
+    """Raise ValueError where a program that reads the files of one kind of benchmark is asked for another."""
+    if not isinstance(benchmark, kind):
+        raise ValueError(
+            f"--benchmark {benchmark.name} has other question files than this program reads, those of {kind.name}; "
+            "answer it with llava.eval.model_vqa_loader"
+        )
 
 
 def _local_answerer(args: argparse.Namespace) -> Answerer:
@@ -186,7 +212,8 @@ def _server_answerer(args: argparse.Namespace) -> Answerer:
         decoding["seed"] = args.seed
         if generation.top_p is not None:
             decoding["top_p"] = generation.top_p
-    return ServerAnswerer(Endpoint(args.server, concurrency=args.concurrency), decoding, args.server_model)
+    folder = None if args.allow_outside_pictures else args.image_folder
+    return ServerAnswerer(Endpoint(args.server, concurrency=args.concurrency), decoding, args.server_model, folder)
 
 
 def _refuse_local_flags(parser: Parser, args: argparse.Namespace) -> None:
