@@ -30,6 +30,7 @@ def add_runner_flags(parser: Parser) -> None:
     """How the run is carried out."""
     add_batch_flags(parser)
     parser.add_argument("--resume", action="store_true", help="continue a partial answers file of the same settings")
+    parser.add_argument("--overwrite", action="store_true", help="replace the answers file once a new answer is there")
     parser.add_argument("--limit", type=int, default=None, help="only the first so many questions")
     parser.add_argument(
         "--on_error", choices=("stop", "skip"), default="stop", help="an unreadable image: stop, or list it and go on"
@@ -140,8 +141,8 @@ def config_from_flags(args: argparse.Namespace) -> ApetConfig:
     )
 
 
-def run_options(args: argparse.Namespace) -> RunOptions:
-    """Runner options of parsed flags.
+def run_options(args: argparse.Namespace, inputs: tuple[str, ...] = ()) -> RunOptions:
+    """Runner options of parsed flags; `inputs` are files that are read beside the questions.
 
     Raises:
         ValueError: As `RunOptions`.
@@ -157,6 +158,8 @@ def run_options(args: argparse.Namespace) -> RunOptions:
         resume=args.resume,
         limit=args.limit,
         on_error=args.on_error,
+        overwrite=args.overwrite,
+        inputs=inputs,
     )
 
 

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,8 +14,9 @@ from apet.eval.answerer import Answerer
 from apet.eval.benchmarks import Benchmark, Question, get_benchmark
 from apet.eval.cli import add_compression_flags, add_data_flags, add_runner_flags, config_from_flags, run_options
 from apet.eval.endpoint import KEY_VARIABLE, Endpoint
+from apet.eval.interrupts import Interrupted, termination_interrupts
 from apet.eval.run_record import RunRecord
-from apet.eval.runner import merge_ranks, rank_options, run
+from apet.eval.runner import check, merge_ranks, rank_options, run
 from apet.eval.scoring_cli import Parser
 from apet.eval.server import ServerAnswerer
 from llava.conversation import new_conversation, plain_conv_mode
@@ -92,20 +94,29 @@ def main(
 ) -> int:
     """Parse, answer, report. Returns the exit status; what the user can mend is one line, not a traceback.
 
+    Ctrl-C and SIGTERM end it with one line that says how to go on, and status 130 or 143.
+
     Args:
         parser: From `question_parser`.
         argv: Arguments, None for the command line's.
         read: (benchmark, args) -> questions, where reading depends on flags.
         complete: Fills in arguments that follow from others.
     """
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("transformers", "httpx", "accelerate", "PIL"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    words = sys.argv[1:] if argv is None else argv
     try:
-        if complete is not None:
-            complete(args)
-        return _answer(parser, args, read)
+        with termination_interrupts():
+            args = parser.parse_args(words)
+            logging.basicConfig(level=logging.INFO, format="%(message)s")
+            for noisy in ("transformers", "httpx", "accelerate", "PIL"):
+                logging.getLogger(noisy).setLevel(logging.WARNING)
+            if complete is not None:
+                complete(args)
+            return _answer(parser, args, read)
+    except KeyboardInterrupt as stop:
+        flag = stop.flag if isinstance(stop, Interrupted) else "--overwrite" if "--overwrite" in words else "--resume"
+        again = shlex.join([*(word for word in words if word not in ("--resume", "--overwrite")), flag])
+        print(f"{parser.prog}: stopped; this goes on from here: {parser.prog} {again}", file=sys.stderr)
+        return 128 + Interrupted.signal_of(stop)
     except (ValueError, OSError, ImportError, NotImplementedError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
@@ -114,7 +125,7 @@ def main(
 def load_answerer(args: argparse.Namespace, conv_mode: str, frames: int = FRAMES) -> LlavaAnswerer | FamilyAnswerer:
     """Model, preparer and settings of parsed flags; `frames` are taken from a video."""
     config = config_from_flags(args)
-    generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.compile)
+    generation = _generation(args)
     tokenizer, model, processor = load_model(args)
     name = get_model_name_from_path(args.model_path)
     if isinstance(processor, FamilyProcessor):
@@ -156,13 +167,15 @@ def _answer(parser: Parser, args: argparse.Namespace, read: Callable[..., list[Q
     if args.server is not None:
         _refuse_local_flags(parser, args)
     config_from_flags(args)
-    wanted = run_options(args)
+    answer_file = getattr(args, "gt_file_answers", None)  # of questions about videos
+    wanted = run_options(args, () if answer_file is None else (answer_file,))
     if args.server is not None:
         # The server forms its own batches; ours only keep it busy: while the last answers of one come, others wait.
         wanted = replace(wanted, batch_size=4 * args.concurrency)
     options = rank_options(wanted, args.chunks_given)
     benchmark: Benchmark = get_benchmark(args.benchmark)
     questions = benchmark.read(args.question_file) if read is None else read(benchmark, args)
+    check(benchmark, options, questions)
     answerer = _local_answerer(args) if args.server is None else _server_answerer(args)
     if any(question.video is not None for question in questions) and not answerer.preparer.videos:
         raise ValueError(f"{answerer.model_id} takes no videos here; name a checkpoint of a family that does")
@@ -179,8 +192,12 @@ def _local_answerer(args: argparse.Namespace) -> Answerer:
     return load_answerer(args, conv_mode, getattr(args, "num_frames", FRAMES))
 
 
+def _generation(args: argparse.Namespace) -> GenerationSettings:
+    return GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.compile)
+
+
 def _server_answerer(args: argparse.Namespace) -> Answerer:
-    generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.compile)
+    generation = _generation(args)
     decoding = {"temperature": generation.temperature, "max_tokens": generation.max_new_tokens}
     if generation.temperature > 0:
         decoding["seed"] = args.seed
