@@ -7,13 +7,14 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 import apet
 from apet.adapters import host
 from apet.eval.answerer import Answer
 from apet.eval.benchmarks import Question
 from apet.eval.images import Pictures
+from apet.eval.sampling import QuestionSampling, draw_key, draw_seed
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import new_conversation
 from llava.eval.tower_features import TowerFeatures
@@ -32,12 +33,14 @@ class PreparedQuestion:
         pixels: (3, H, W) or (crops, 3, H, W); None without an image, or where its features are known.
         image_size: Original (width, height), None without pixels.
         path: The image file, None if there is none.
+        draw: What sets the question's random draws apart (`apet.eval.sampling.draw_key`).
     """
 
     input_ids: Tensor
     pixels: Tensor | None
     image_size: tuple[int, int] | None
     path: str | None = None
+    draw: str = ""
 
     @property
     def has_image(self) -> bool:
@@ -80,14 +83,14 @@ class LlavaPreparer:
 
     def prepare(self, question: Question, images: Sequence[Image]) -> PreparedQuestion:
         """Ids and pixels of a question."""
-        ids = self.input_ids(question)
+        ids, draw = self.input_ids(question), draw_key(question)
         if not images:
-            return PreparedQuestion(ids, None, None)
+            return PreparedQuestion(ids, None, None, draw=draw)
         path = images.path if isinstance(images, Pictures) else None
         if path in self.known:
-            return PreparedQuestion(ids, None, None, path)
+            return PreparedQuestion(ids, None, None, path, draw)
         pixels = process_images(list(images), self.image_processor, self.config)[0]
-        return PreparedQuestion(ids, pixels, images[0].size, path)
+        return PreparedQuestion(ids, pixels, images[0].size, path, draw)
 
     def input_ids(self, question: Question) -> Tensor:
         """(L,) int64 ids of the prompt, -200 for the image."""
@@ -118,9 +121,41 @@ class GenerationSettings:
         chosen = sampling if self.temperature > 0 else {"do_sample": False}
         return {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens, "use_cache": True, **chosen}
 
+    def draws(self, seed: int, draws: Sequence[str], stored: GenerationConfig) -> dict[str, Any]:
+        """Arguments of `generate`, over `kwargs`, that let every row draw by itself; none where nothing is drawn.
+
+        Args:
+            seed: Of the run.
+            draws: What sets each row apart (`apet.eval.sampling.draw_key`).
+            stored: The checkpoint's defaults.
+
+        Raises:
+            ValueError: Several questions at a time with beams.
+        """
+        if self.temperature == 0:
+            return {}
+        seeds = [draw_seed(seed, draw) for draw in draws]
+        if self.num_beams > 1:
+            self.check_batch(len(draws))
+            torch.manual_seed(seeds[0])  # transformers draws beams from the global generator
+            return {}
+        noise = QuestionSampling(seeds, self.temperature, self.top_p, stored)
+        greedy = {"do_sample": False, "temperature": None, "top_p": None}
+        return greedy | {"logits_processor": LogitsProcessorList([noise])}
+
+    def check_batch(self, size: int | str) -> None:
+        """Raise ValueError for batches in which the draws of a question would depend on the others."""
+        if self.temperature > 0 and self.num_beams > 1 and size != 1:
+            raise ValueError(
+                f"--num_beams {self.num_beams} with --temperature {self.temperature} draws one question at a time; "
+                "give --batch_size 1, or --temperature 0"
+            )
+
     def record(self) -> dict[str, Any]:
         """The settings as a run record has them. Runs from before there was a choice are runs without compilation."""
-        return {name: value for name, value in vars(self).items() if name != "compile" or value}
+        settings = {name: value for name, value in vars(self).items() if name != "compile" or value}
+        # Answers from before that were drawn in another way are not continued.
+        return settings if self.temperature == 0 else settings | {"draws": "by question"}
 
 
 class LlavaAnswerer:
@@ -164,14 +199,14 @@ class LlavaAnswerer:
         prepared = self._compiled.filled_up(prepared) if self._compiled else prepared
         ids, mask = _left_pad([one.input_ids for one in prepared], self._pad_id)
         upload = Upload(self.model.device)
-        has_image = tuple(one.has_image for one in prepared[:count])
+        has_image, draws = tuple(one.has_image for one in prepared[:count]), tuple(one.draw for one in prepared)
         if self._features is not None and any(has_image):
-            return LoadedQuestions(upload(ids), upload(mask), None, None, has_image, upload, tuple(prepared))
+            return LoadedQuestions(upload(ids), upload(mask), None, None, has_image, upload, draws, tuple(prepared))
         pixels, sizes = self._pixels(prepared)
         images = [upload(one, self.model.dtype) for one in pixels] if isinstance(pixels, list) else pixels
         if isinstance(images, Tensor):
             images = upload(images, self.model.dtype)
-        return LoadedQuestions(upload(ids), upload(mask), images, sizes, has_image, upload)
+        return LoadedQuestions(upload(ids), upload(mask), images, sizes, has_image, upload, draws)
 
     def answer(self, prepared: "Sequence[PreparedQuestion] | LoadedQuestions") -> list[Answer]:
         """Answers of a batch of prepared questions, or of what `load` made of them."""
@@ -183,7 +218,7 @@ class LlavaAnswerer:
             attention_mask=loaded.attention_mask,
             images=images,
             image_sizes=loaded.image_sizes,
-            **self._generate,
+            **self._generate | self._generation.draws(self._config.seed, loaded.draws, self.model.generation_config),
             **(self._compiled.kwargs() if self._compiled else {}),
         )
         if self._compiled:
@@ -310,6 +345,7 @@ class LoadedQuestions:
         image_sizes: (width, height) per row, or None.
         has_image: Which of the questions have an image. Rows behind them only fill up the batch.
         upload: The copies under way.
+        draws: What sets the random draws of each row apart; rows that fill up the batch too.
         looked_up: Questions whose images are encoded, or their features looked up, when they are answered.
     """
 
@@ -319,6 +355,7 @@ class LoadedQuestions:
     image_sizes: list[tuple[int, int]] | None
     has_image: tuple[bool, ...]
     upload: Upload
+    draws: tuple[str, ...]
     looked_up: tuple[PreparedQuestion, ...] = ()
 
 

@@ -1,7 +1,7 @@
 """The families of `llava.model.processors` behind the runner: their own prompts and processing, batched generation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from PIL.Image import Image
@@ -11,6 +11,7 @@ import apet
 from apet.eval.answerer import Answer
 from apet.eval.benchmarks import Question
 from apet.eval.images import ImageError
+from apet.eval.sampling import draw_key
 from apet.eval.videos import read_clip
 from llava.eval.answerer import CompiledDecoding, GenerationSettings, Upload, model_settings, until_end
 from llava.model.processors import FamilyProcessor, Inputs
@@ -46,9 +47,10 @@ class FamilyPreparer:
         """
         clip = None if question.video is None else read_clip(images.video, self.frames)
         try:
-            return self.processor(question.prompt, list(images), clip, self.conv_mode)
+            inputs = self.processor(question.prompt, list(images), clip, self.conv_mode)
         except ValueError as error:
             raise ImageError(f"question {question.question_id!r} cannot be prepared: {error}") from error
+        return replace(inputs, draw=draw_key(question))
 
     def prompt_length(self, question: Question) -> int:
         """Tokens of a question's prompt, its picture counted as one marker."""
@@ -66,11 +68,13 @@ class LoadedInputs:
         inputs: What `generate` takes.
         shown: Which rows have a picture.
         upload: The copies under way.
+        draws: What sets the random draws of each row apart; rows that fill up the batch too.
     """
 
     inputs: Mapping[str, Tensor]
     shown: tuple[bool, ...]
     upload: Upload
+    draws: tuple[str, ...]
 
 
 class FamilyAnswerer:
@@ -113,14 +117,16 @@ class FamilyAnswerer:
             name: upload(value, self.model.dtype if name.startswith("pixel_values") else None)
             for name, value in self.preparer.processor.collate(filled).items()
         }
-        return LoadedInputs(inputs, tuple(one.pictures > 0 for one in prepared), upload)
+        shown = tuple(one.pictures > 0 for one in prepared)
+        return LoadedInputs(inputs, shown, upload, tuple(one.draw for one in filled))
 
     def answer(self, prepared: "Sequence[Inputs] | LoadedInputs") -> list[Answer]:
         """Answers of a batch of prepared questions, or of what `load` made of them."""
         loaded = prepared if isinstance(prepared, LoadedInputs) else self.load(prepared)
         loaded.upload.finish()
         compiled = self._compiled.kwargs() if self._compiled else {}
-        output = self.model.generate(**loaded.inputs, **self._generate, **compiled)
+        draws = self._generation.draws(self._config.seed, loaded.draws, self.model.generation_config)
+        output = self.model.generate(**loaded.inputs, **self._generate | draws, **compiled)
         if self._compiled:
             self._compiled.answered(len(output))
         start = loaded.inputs["input_ids"].shape[1]

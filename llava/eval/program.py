@@ -167,6 +167,7 @@ def _answer(parser: Parser, args: argparse.Namespace, read: Callable[..., list[Q
     if args.server is not None:
         _refuse_local_flags(parser, args)
     config_from_flags(args)
+    _generation(args).check_batch(args.batch_size if args.server is None else 1)
     answer_file = getattr(args, "gt_file_answers", None)  # of questions about videos
     wanted = run_options(args, () if answer_file is None else (answer_file,))
     if args.server is not None:
@@ -179,7 +180,6 @@ def _answer(parser: Parser, args: argparse.Namespace, read: Callable[..., list[Q
     answerer = _local_answerer(args) if args.server is None else _server_answerer(args)
     if any(question.video is not None for question in questions) and not answerer.preparer.videos:
         raise ValueError(f"{answerer.model_id} takes no videos here; name a checkpoint of a family that does")
-    torch.manual_seed(args.seed)
     record = run(benchmark, answerer, options, questions)
     merge_ranks(options, wanted.answers_file)
     _print_summary(record, wanted.answers_file)

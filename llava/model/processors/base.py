@@ -45,11 +45,13 @@ class Inputs:
         input_ids: (L,) int64, placeholders expanded.
         tensors: Further inputs of the model; the first dimension runs over pictures, patches or tiles.
         pictures: Images and videos shown.
+        draw: What sets the question's random draws apart (`apet.eval.sampling.draw_key`).
     """
 
     input_ids: Tensor
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     pictures: int = 0
+    draw: str = ""
 
 
 @dataclass(frozen=True)
