@@ -166,7 +166,7 @@ class Row:
         """Questions per second over all runs."""
         counts = [run.record["counts"] for run in self.runs.values()]
         seconds = sum(count["seconds"] for count in counts)
-        return sum(count["answers"] for count in counts) / seconds if seconds else None
+        return sum(count.get("measured", count["answers"]) for count in counts) / seconds if seconds else None
 
     @property
     def mean_percent(self) -> float | None:

@@ -31,6 +31,7 @@ def add_runner_flags(parser: Parser) -> None:
     """How the run is carried out."""
     add_batch_flags(parser)
     parser.add_argument("--resume", action="store_true", help="continue a partial answers file of the same settings")
+    parser.add_argument("--overwrite", action="store_true", help="replace the answers file once a new answer is there")
     parser.add_argument("--limit", type=int, default=None, help="only the first so many questions")
     parser.add_argument(
         "--on_error",
@@ -144,8 +145,8 @@ def config_from_flags(args: argparse.Namespace) -> ApetConfig:
     )
 
 
-def run_options(args: argparse.Namespace) -> RunOptions:
-    """Runner options of parsed flags.
+def run_options(args: argparse.Namespace, inputs: tuple[str, ...] = ()) -> RunOptions:
+    """Runner options of parsed flags; `inputs` are files that are read beside the questions.
 
     Raises:
         ValueError: As `RunOptions`, or a path below the home of a user that does not exist.
@@ -163,6 +164,8 @@ def run_options(args: argparse.Namespace) -> RunOptions:
         resume=args.resume,
         limit=args.limit,
         on_error=args.on_error,
+        overwrite=args.overwrite,
+        inputs=inputs,
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 import apet
 from apet.adapters import host
@@ -16,6 +16,7 @@ from apet.eval.answerer import Answer
 from apet.eval.benchmarks import Question
 from apet.eval.images import ImageError, Pictures
 from apet.eval.prompts import Context, around_images
+from apet.eval.sampling import QuestionSampling, draw_key, draw_seed
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import new_conversation
 from llava.eval.lengths import context_of, crops_of, room_of_prompt
@@ -36,6 +37,7 @@ class PreparedQuestion:
         image_size: Original (width, height), None without pixels.
         path: The image file, None if there is none.
         room: Tokens that the model's context leaves for the answer; None if it does not say.
+        draw: What sets the question's random draws apart (`apet.eval.sampling.draw_key`).
     """
 
     input_ids: Tensor
@@ -43,6 +45,7 @@ class PreparedQuestion:
     image_size: tuple[int, int] | None
     path: str | None = None
     room: int | None = None
+    draw: str = ""
 
     @property
     def has_image(self) -> bool:
@@ -95,18 +98,19 @@ class LlavaPreparer:
         Raises:
             ImageError: A picture that cannot be opened or prepared, or a prompt that the model cannot be asked.
         """
-        ids = self.input_ids(question)
+        ids, draw = self.input_ids(question), draw_key(question)
         if not images:
-            return PreparedQuestion(ids, None, None, room=self._room(ids))
+            return PreparedQuestion(ids, None, None, room=self._room(ids), draw=draw)
         path = images.path if isinstance(images, Pictures) else None
         if path in self.known:
-            return PreparedQuestion(ids, None, None, path, self._room(ids, ((1, 1), 1)))  # kept for single crops only
+            # Features are kept for single crops only.
+            return PreparedQuestion(ids, None, None, path, self._room(ids, ((1, 1), 1)), draw)
         size = images[0].size
         try:
             pixels = process_images(list(images), self.image_processor, self.config)[0]
         except (ValueError, MemoryError) as error:
             raise ImageError(f"the image of question {question.question_id!r} cannot be prepared: {error}") from error
-        return PreparedQuestion(ids, pixels, size, path, self._room(ids, (size, crops_of(pixels))))
+        return PreparedQuestion(ids, pixels, size, path, self._room(ids, (size, crops_of(pixels))), draw)
 
     def _room(self, ids: Tensor, *images: tuple[tuple[int, int], int]) -> int | None:
         return room_of_prompt(self.context, self.config, self.compression, ids, images)
@@ -143,9 +147,41 @@ class GenerationSettings:
         chosen = sampling if self.temperature > 0 else {"do_sample": False}
         return {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens, "use_cache": True, **chosen}
 
+    def draws(self, seed: int, draws: Sequence[str], stored: GenerationConfig) -> dict[str, Any]:
+        """Arguments of `generate`, over `kwargs`, that let every row draw by itself; none where nothing is drawn.
+
+        Args:
+            seed: Of the run.
+            draws: What sets each row apart (`apet.eval.sampling.draw_key`).
+            stored: The checkpoint's defaults.
+
+        Raises:
+            ValueError: Several questions at a time with beams.
+        """
+        if self.temperature == 0:
+            return {}
+        seeds = [draw_seed(seed, draw) for draw in draws]
+        if self.num_beams > 1:
+            self.check_batch(len(draws))
+            torch.manual_seed(seeds[0])  # transformers draws beams from the global generator
+            return {}
+        noise = QuestionSampling(seeds, self.temperature, self.top_p, stored)
+        greedy = {"do_sample": False, "temperature": None, "top_p": None}
+        return greedy | {"logits_processor": LogitsProcessorList([noise])}
+
+    def check_batch(self, size: int | str) -> None:
+        """Raise ValueError for batches in which the draws of a question would depend on the others."""
+        if self.temperature > 0 and self.num_beams > 1 and size != 1:
+            raise ValueError(
+                f"--num_beams {self.num_beams} with --temperature {self.temperature} draws one question at a time; "
+                "give --batch_size 1, or --temperature 0"
+            )
+
     def record(self) -> dict[str, Any]:
         """The settings as a run record has them. Runs from before there was a choice are runs without compilation."""
-        return {name: value for name, value in vars(self).items() if name != "compile" or value}
+        settings = {name: value for name, value in vars(self).items() if name != "compile" or value}
+        # Answers from before that were drawn in another way are not continued.
+        return settings if self.temperature == 0 else settings | {"draws": "by question"}
 
 
 class LlavaAnswerer:
@@ -190,15 +226,16 @@ class LlavaAnswerer:
         prepared = self._compiled.filled_up(prepared) if self._compiled else prepared
         ids, mask = _left_pad([one.input_ids for one in prepared], self._pad_id)
         upload = Upload(self.model.device)
-        has_image = tuple(one.has_image for one in prepared[:count])
+        has_image, draws = tuple(one.has_image for one in prepared[:count]), tuple(one.draw for one in prepared)
         rooms = tuple(one.room for one in prepared[:count])
         if self._features is not None and any(has_image):
-            return LoadedQuestions(upload(ids), upload(mask), None, None, has_image, rooms, upload, tuple(prepared))
+            looked_up = tuple(prepared)
+            return LoadedQuestions(upload(ids), upload(mask), None, None, has_image, rooms, upload, draws, looked_up)
         pixels, sizes = self._pixels(prepared)
         images = [upload(one, self.model.dtype) for one in pixels] if isinstance(pixels, list) else pixels
         if isinstance(images, Tensor):
             images = upload(images, self.model.dtype)
-        return LoadedQuestions(upload(ids), upload(mask), images, sizes, has_image, rooms, upload)
+        return LoadedQuestions(upload(ids), upload(mask), images, sizes, has_image, rooms, upload, draws)
 
     def answer(self, prepared: "Sequence[PreparedQuestion] | LoadedQuestions") -> list[Answer]:
         """Answers of a batch of prepared questions, or of what `load` made of them."""
@@ -210,7 +247,7 @@ class LlavaAnswerer:
             attention_mask=loaded.attention_mask,
             images=images,
             image_sizes=loaded.image_sizes,
-            **self._generate,
+            **self._generate | self._generation.draws(self._config.seed, loaded.draws, self.model.generation_config),
             **(self._compiled.kwargs() if self._compiled else {}),
         )
         if self._compiled:
@@ -360,6 +397,7 @@ class LoadedQuestions:
         has_image: Which of the questions have an image. Rows behind them only fill up the batch.
         rooms: Most tokens of each question's answer, None where the model does not say.
         upload: The copies under way.
+        draws: What sets the random draws of each row apart; rows that fill up the batch too.
         looked_up: Questions whose images are encoded, or their features looked up, when they are answered.
     """
 
@@ -370,6 +408,7 @@ class LoadedQuestions:
     has_image: tuple[bool, ...]
     rooms: tuple[int | None, ...]
     upload: Upload
+    draws: tuple[str, ...]
     looked_up: tuple[PreparedQuestion, ...] = ()
 
 

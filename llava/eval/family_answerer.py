@@ -12,6 +12,7 @@ from apet.eval.answerer import Answer
 from apet.eval.benchmarks import Question
 from apet.eval.images import ImageError
 from apet.eval.prompts import Context, PromptError
+from apet.eval.sampling import draw_key
 from apet.eval.videos import read_clip
 from llava.eval.answerer import CompiledDecoding, GenerationSettings, Upload, model_settings, until_end
 from llava.eval.lengths import context_of
@@ -62,7 +63,8 @@ class FamilyPreparer:
         frames = None if clip is None else len(clip.frames)
         visual = sum(inputs.visual)
         kept = self.processor.decoder_tokens(self.compression, inputs.visual, frames)
-        return replace(inputs, room=self.context.room(len(inputs.input_ids) - visual, visual, kept))
+        room = self.context.room(len(inputs.input_ids) - visual, visual, kept)
+        return replace(inputs, room=room, draw=draw_key(question))
 
     def prompt_length(self, question: Question) -> int:
         """Tokens of a question's prompt, its picture counted as one marker."""
@@ -81,12 +83,14 @@ class LoadedInputs:
         shown: Which rows have a picture.
         rooms: Most tokens of each answer, None where the model does not say.
         upload: The copies under way.
+        draws: What sets the random draws of each row apart; rows that fill up the batch too.
     """
 
     inputs: Mapping[str, Tensor]
     shown: tuple[bool, ...]
     rooms: tuple[int | None, ...]
     upload: Upload
+    draws: tuple[str, ...]
 
 
 class FamilyAnswerer:
@@ -131,14 +135,15 @@ class FamilyAnswerer:
             for name, value in self.preparer.processor.collate(filled).items()
         }
         shown, rooms = tuple(one.pictures > 0 for one in prepared), tuple(one.room for one in prepared)
-        return LoadedInputs(inputs, shown, rooms, upload)
+        return LoadedInputs(inputs, shown, rooms, upload, tuple(one.draw for one in filled))
 
     def answer(self, prepared: "Sequence[Inputs] | LoadedInputs") -> list[Answer]:
         """Answers of a batch of prepared questions, or of what `load` made of them."""
         loaded = prepared if isinstance(prepared, LoadedInputs) else self.load(prepared)
         loaded.upload.finish()
         compiled = self._compiled.kwargs() if self._compiled else {}
-        output = self.model.generate(**loaded.inputs, **self._generate, **compiled)
+        draws = self._generation.draws(self._config.seed, loaded.draws, self.model.generation_config)
+        output = self.model.generate(**loaded.inputs, **self._generate | draws, **compiled)
         if self._compiled:
             self._compiled.answered(len(output))
         start = loaded.inputs["input_ids"].shape[1]

@@ -215,6 +215,6 @@ def test_questions_without_a_picture_and_other_programs(tmp_path):
         table.write_text(
             f"index\timage\tquestion\thint\tA\tB\tC\tD\tcategory\tanswer\n7\t{image}\tColour?\tnan\tred\tblue\tnan\tnan\tc\tA\n"
         )
-        status, answers = ask(server, table, program=model_vqa_mmbench)
+        status, answers = ask(server, table, "--overwrite", program=model_vqa_mmbench)
     assert status == 0 and rows(answers)[0]["question_id"] == 7
     assert picture_of(server.chats()[-1]).tolist() == [[[255, 0, 0]] * 3] * 3

@@ -181,6 +181,15 @@ def test_chunks_keep_their_own_answers_and_can_be_resumed(checkpoint, data, tmp_
     assert get_benchmark("msvd").score(pred_path=path).details["unanswered"] == 3
 
 
+def test_the_file_of_right_answers_is_no_place_for_those_of_the_model(data, tmp_path, capsys):
+    before = (data / "test_a.json").read_bytes()
+    for flags in ([], ["--overwrite"]):
+        assert ask(tmp_path / "no_model", data, data, *flags, name="test_a") == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "test_a.json would be written, but it is an input" in line
+    assert (data / "test_a.json").read_bytes() == before
+
+
 def test_workers_decode(checkpoint, data, tmp_path):
     model = checkpoint("internvl")
     assert ask(model, data, tmp_path) == 0

@@ -29,6 +29,7 @@ class Question:
         image_base64: The encoded image itself, for files that carry their images.
         video: Path of a video below the folder, with or without its extension, or None.
         fields: Further keys of the answer line, in the order in which the line has them.
+        occurrence: How many questions of the file have this id and stand before; the runner counts.
     """
 
     question_id: int | str
@@ -38,6 +39,7 @@ class Question:
     image_base64: str | None = None
     video: str | None = None
     fields: Mapping[str, object] = field(default_factory=dict)
+    occurrence: int = 0
 
 
 @dataclass(frozen=True)

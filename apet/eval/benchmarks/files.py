@@ -223,7 +223,7 @@ def listing(ids: Iterable[object], limit: int = 5) -> str:
 def replacing(path: PathLike) -> Iterator[Path]:
     """A temporary file that becomes `path` when the block succeeds and vanishes when it fails; makes the folder.
 
-    A reader never sees half a file, and a failed write leaves the old one.
+    A reader never sees half a file, and a failed write leaves the old one, also when the power fails.
     """
     target = user_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -231,6 +231,8 @@ def replacing(path: PathLike) -> Iterator[Path]:
     temporary = target.with_name(f".{os.getpid()}.{target.name}")
     try:
         yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -245,6 +247,32 @@ def write_text_atomic(path: PathLike, text: str) -> None:
 def write_json_atomic(path: PathLike, value: Any, indent: int | None = None) -> None:
     """`write_text_atomic` of a value as JSON, ASCII-escaped as the published tools write it."""
     write_text_atomic(path, json.dumps(value, indent=indent))
+
+
+def record_path(answers_file: PathLike) -> Path:
+    """Where the record of a run stands: `X.jsonl` and `X.json` -> `X.run.json`, any other name `X` -> `X.run.json`."""
+    return beside(answers_file, ".run.json")
+
+
+def beside(answers_file: PathLike, ending: str) -> Path:
+    """A name that belongs to an answers file: its own without `.jsonl` or `.json`, and an ending.
+
+    Other suffixes stay, they are no file formats: `out/llava-v1.5` and `out/llava-v1.6` are two runs.
+    """
+    path = Path(answers_file).expanduser()
+    stem = path.stem if path.suffix in (".jsonl", ".json") else path.name
+    return path.with_name(stem + ending)
+
+
+def refuse_inputs(outputs: Iterable[PathLike], inputs: Iterable[PathLike]) -> None:
+    """ValueError for a file that would be written and is read: the same under another name, through a link too."""
+    read = [Path(path).expanduser() for path in inputs]
+    for output in outputs:
+        target = Path(output).expanduser()
+        for source in read:
+            same = os.path.realpath(target) == os.path.realpath(source)
+            if same or (target.exists() and source.exists() and target.samefile(source)):
+                raise ValueError(f"{output} would be written, but it is an input ({source}); give another output file")
 
 
 def _clip(line: str, limit: int = 80) -> str:

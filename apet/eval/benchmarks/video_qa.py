@@ -16,9 +16,9 @@ from apet.eval.benchmarks.files import (
     index_unique,
     iterate_jsonl,
     read_json,
+    record_path,
     require_keys,
     require_types,
-    user_path,
 )
 from apet.eval.metrics import exact_match, vqa_normalize
 
@@ -142,10 +142,10 @@ def read_predictions(path: PathLike) -> tuple[dict[str, dict[str, Any]], int]:
     rows = index_unique(lines, path)
     if not rows:
         raise ValueError(f"{path} holds no answers; run llava.eval.video_qa first")
-    record_path = user_path(path).with_suffix(".run.json")
-    if not record_path.is_file():
+    beside = record_path(path)
+    if not beside.is_file():
         return rows, 0
-    record = read_json(record_path)
+    record = read_json(beside)
     failures = len(record["failures"])
     if record["status"] != "complete" or len(rows) + failures != record["questions"]:
         raise ValueError(

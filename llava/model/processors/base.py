@@ -50,6 +50,7 @@ class Inputs:
         pictures: Images and videos shown.
         visual: Visual tokens of each.
         room: Tokens that the model's context leaves for the answer; None if it does not say.
+        draw: What sets the question's random draws apart (`apet.eval.sampling.draw_key`).
     """
 
     input_ids: Tensor
@@ -57,6 +58,7 @@ class Inputs:
     pictures: int = 0
     visual: tuple[int, ...] = ()
     room: int | None = None
+    draw: str = ""
 
 
 @dataclass(frozen=True)
