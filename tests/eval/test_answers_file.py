@@ -17,6 +17,8 @@ from apet.eval import file_lock, merge, run_record
 from apet.eval.benchmarks import get_benchmark
 from apet.eval.benchmarks.files import record_path
 from apet.eval.file_lock import FileLock
+from apet.eval.interrupts import Interrupted
+from apet.eval.journal import Journal
 from apet.eval.run_record import RunRecord
 from apet.eval.runner import check, merge_chunks, run
 from llava.eval import eval_science_qa
@@ -57,6 +59,23 @@ class TestAnswersThatAreThere:
         second = answer(data, ShapeAnswerer(temperature=1), overwrite=True, limit=3)
         assert second == first[:3] and record_of(data)["settings"]["temperature"] == 1
         assert record_of(data)["counts"]["answers"] == 3 and "replaces" not in record_of(data)
+
+    def test_are_never_mixed_with_those_that_replace_them(self, data, monkeypatch):
+        """Killed when the record was already the new one, and the answers still the old ones."""
+        answer(data)
+        before = (data / "answers.jsonl").read_bytes()
+        with monkeypatch.context() as patch:
+            patch.setattr(Journal, "append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(Interrupted) as stop:
+                answer(data, ShapeAnswerer(temperature=1), overwrite=True)
+        assert stop.value.flag == "--overwrite"
+        assert (data / "answers.jsonl").read_bytes() == before and record_of(data)["settings"]["temperature"] == 1
+        with pytest.raises(ValueError, match="other settings"):
+            answer(data, resume=True)
+        answerer = ShapeAnswerer(temperature=1)
+        answer(data, answerer, resume=True)
+        assert sum(answerer.batches) == 10 and record_of(data)["counts"]["answers"] == 10
+        assert not set((data / "answers.jsonl").read_bytes().splitlines()) & set(before.splitlines())
 
     def test_no_other_file_is_taken_for_answers(self, data):
         path = data / "notes.jsonl"

@@ -152,8 +152,11 @@ class TestEveryPoint:
             reply = site.run(path, *self.FEW, *flags, line=line)
             assert reply["status"] == 9 and "Traceback" not in reply["log"], (line, reply)
             if before == "replaced" and path.read_bytes() == old:
-                # Still the old answers, all of them: they are never mixed with new ones.
-                assert site.run(path, *self.FEW, "--overwrite")["status"] == 0
+                # Still the old answers, all of them. They are refused as another run's, or replaced; never mixed.
+                reply = site.run(path, *self.FEW, "--resume")
+                if reply["status"] != 0:
+                    assert "other settings" in reply["log"] and path.read_bytes() == old, reply
+                    assert site.run(path, *self.FEW, "--overwrite")["status"] == 0
                 check_complete(path, expected)
             else:
                 finish(site, path, expected, *self.FEW)
