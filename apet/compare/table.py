@@ -189,8 +189,16 @@ def _cost_cells(cost: Cost | None) -> list[str]:
 
 def _costs(cost: Cost) -> tuple[float | None, ...]:
     """In the order of `_CSV_COST`."""
-    first = (*cost.first_token, cost.first_token_none, cost.first_token_random)
-    return (*first, *cost.rate, cost.rate_none, cost.rate_random, cost.memory)
+    first, rate = ((one.median, one.p10, one.p90) for one in (cost.first_token, cost.rate))
+    return (
+        *first,
+        cost.first_token_none,
+        cost.first_token_random,
+        *rate,
+        cost.rate_none,
+        cost.rate_random,
+        cost.memory,
+    )
 
 
 def _timing(timing: Timing) -> str:
