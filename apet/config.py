@@ -211,8 +211,8 @@ class ApetConfig:
             raise ValueError("give visual_token_num or image_token_ratio, not both")
         if not _is_int(self.basis_token_num) or self.basis_token_num < 0:
             raise ValueError(f"basis_token_num={self.basis_token_num!r} must be an int of at least 0")
-        if not _is_int(self.seed):
-            raise ValueError(f"seed={self.seed!r} must be an int")
+        if not _is_int(self.seed) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed!r} must be an int of 0 .. 2**63 - 1")
         if self.basis_selection not in ("fps", "dpc", "random"):
             raise ValueError(f"basis_selection={self.basis_selection!r} is unknown; choose fps, dpc or random")
         if self.fps_start != "farthest" and not (_is_int(self.fps_start) and self.fps_start >= 0):

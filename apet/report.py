@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from apet.eval.benchmarks.files import listing, read_json, require_keys
+from apet.eval.benchmarks.files import listing, read_json, require_keys, user_path
 from apet.eval.scoring_cli import Parser, run
 
 _BUDGET_FIELDS = (
@@ -166,7 +166,7 @@ class Row:
         """Questions per second over all runs."""
         counts = [run.record["counts"] for run in self.runs.values()]
         seconds = sum(count["seconds"] for count in counts)
-        return sum(count["answers"] for count in counts) / seconds if seconds else None
+        return sum(count.get("measured", count["answers"]) for count in counts) / seconds if seconds else None
 
     @property
     def mean_percent(self) -> float | None:
@@ -182,7 +182,7 @@ def find_runs(places: Sequence[str]) -> list[Run]:
     """
     paths: dict[Path, None] = {}
     for place in places:
-        path = Path(place).expanduser()
+        path = user_path(place)
         found = [path] if path.name.endswith(".score.json") else sorted(path.rglob("*.score.json"))
         if not found:
             raise ValueError(f"{place} holds no *.score.json; run a benchmark script first")

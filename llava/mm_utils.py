@@ -19,6 +19,8 @@ from transformers import StoppingCriteria
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 
 Size = tuple[int, int]  # (width, height)
+# What Pillow opens at most. A strip of few pixels becomes a square, or an enlarged strip, of any number of them.
+_MOST_PIXELS = 178_956_970
 
 
 def load_image_from_base64(image: str) -> Image.Image:
@@ -112,11 +114,15 @@ def expand2square(pil_img: Image.Image, background_color: int | tuple[int, ...])
     """The image centred on a square of its own mode; a square image is returned as it is.
 
     `background_color` has to fit the mode: convert palette and grey images to RGB before passing a triple.
+
+    Raises:
+        ValueError: The square would have more pixels than Pillow opens.
     """
     width, height = pil_img.size
     if width == height:
         return pil_img
     side = max(width, height)
+    _check_pixels(pil_img.size, side * side)
     canvas = Image.new(pil_img.mode, (side, side), background_color)
     canvas.paste(pil_img, ((side - width) // 2, (side - height) // 2))
     return canvas
@@ -148,7 +154,7 @@ def process_images(
         (images, 3, H, W), or (images, 1 + tiles, 3, H, W) for anyres; a list when images differ in their tiles.
 
     Raises:
-        ValueError: no images, or anyres without usable pinpoints.
+        ValueError: no images, anyres without usable pinpoints, or a picture so long that it would take gigabytes.
     """
     if not images:
         raise ValueError("process_images got no images; a prompt without pictures needs no pixel values")
@@ -161,8 +167,19 @@ def process_images(
         if aspect == "pad":
             mean_color = tuple(int(mean * 255) for mean in image_processor.image_mean)
             rgb = [expand2square(image, mean_color) for image in rgb]
+        for image in rgb:
+            _check_pixels(image.size, _input_side(image_processor) ** 2 * max(image.size) // min(image.size))
         pixels = [_preprocess(image, image_processor) for image in rgb]
     return torch.stack(pixels) if len({image.shape for image in pixels}) == 1 else pixels
+
+
+def _check_pixels(size: Size, pixels: int) -> None:
+    """Raise ValueError where preparing a picture of this size takes too many pixels on the way."""
+    if pixels > _MOST_PIXELS:
+        raise ValueError(
+            f"a picture of {size[0]:,} x {size[1]:,} pixels would become {pixels:,} on the way to the model, more than "
+            f"the {_MOST_PIXELS:,} that are allowed; scale it down or crop it"
+        )
 
 
 def _input_side(processor: Any) -> int:

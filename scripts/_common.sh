@@ -19,7 +19,8 @@
 #   DRY_RUN           1 prints the commands instead of running them
 #
 # Relative paths are relative to the repository. Arguments of a script go to the answering program, e.g. --batch_size 8;
-# after --limit N nothing is scored. A script that was interrupted goes on where it stopped when it is started again.
+# after --limit N nothing is scored. A script that was interrupted goes on where it stopped when it is started again;
+# with --overwrite it answers everything anew in the place of answers that are there.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -99,7 +100,7 @@ settings() {
 # Flags that the script sets itself: given twice, answers would go where nothing finds them.
 check_arguments() {
   local word name
-  PARTIAL=0
+  PARTIAL=0 OVERWRITE=0
   for word in ${ARGUMENTS[@]+"${ARGUMENTS[@]}"}; do
     name=${word%%=*}
     case "${name//_/-}" in
@@ -108,6 +109,7 @@ check_arguments() {
       --num-chunks | --chunk-idx) fail "$name is set by this script; CHUNKS says how many processes" ;;
       --model-path) fail "$name is set by this script; MODEL says which checkpoint" ;;
       --limit) PARTIAL=1 ;;
+      --overwrite) OVERWRITE=1 ;;
     esac
   done
 }
@@ -174,19 +176,19 @@ variant() {
 
 # answer MODULE ANSWERS QUESTIONS [FLAG ...]: answer a question file, in one process per GPU, and join the parts.
 answer() {
-  local module=$1 answers=$2 questions=$3 parts=() index
+  local module=$1 answers=$2 questions=$3 parts=() index merge=("$PYTHON" -m apet.eval.merge --answers-file "$2")
   shift 3
   COMMAND=("$PYTHON" -m "$module" --model-path "$MODEL" --question-file "$questions" "$@" --conv-mode "$CONV_MODE"
     --temperature 0 --batch_size "${BATCH_SIZE:-1}" --num_workers "${NUM_WORKERS:-4}" --dtype "${DTYPE:-auto}"
-    --device "${DEVICE:-auto}" "${COMPRESSION[@]}" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"} --resume)
+    --device "${DEVICE:-auto}" "${COMPRESSION[@]}" ${ARGUMENTS[@]+"${ARGUMENTS[@]}"})
+  if [ "$OVERWRITE" = 0 ]; then COMMAND+=(--resume); else merge+=(--overwrite); fi
   if ! dry_run; then
     mkdir -p "$(dirname "$answers")"
-    lock "${answers%.jsonl}.lock"
     note_other_chunks "$answers"
   fi
   for ((index = 0; index < CHUNKS; index++)); do parts+=("$(part_of "$answers" "$index")"); done
   run_chunks "${parts[@]}"
-  if [ "$CHUNKS" -gt 1 ]; then step "$PYTHON" -m apet.eval.merge --answers-file "$answers" "${parts[@]}"; fi
+  if [ "$CHUNKS" -gt 1 ]; then step "${merge[@]}" "${parts[@]}"; fi
   if [ "$PARTIAL" = 1 ]; then
     echo "not scored: --limit answers only a part of the questions; without it the same command goes on from here"
     exit 0
@@ -196,29 +198,6 @@ answer() {
 # part_of ANSWERS INDEX: the answers file of a chunk.
 part_of() {
   if [ "$CHUNKS" -eq 1 ]; then echo "$1"; else echo "${1%.jsonl}.${CHUNKS}_$2.jsonl"; fi
-}
-
-# lock FILE: held until this script and the processes it started are gone, even if only the script is killed: two
-# processes that write one answers file would lose answers. The system drops the lock with its last holder.
-lock() {
-  exec 9>"$1"
-  "$PYTHON" - <<'PY' || fail "another run is writing these answers ($1), perhaps one whose script was killed; wait for it or end it"
-import sys, time
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    sys.exit()
-for _ in range(100):  # workers of a killed process need some seconds to notice
-    try:
-        fcntl.flock(9, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        sys.exit()
-    except BlockingIOError:
-        time.sleep(0.1)
-    except OSError:  # a file system without locks
-        sys.exit()
-sys.exit(1)
-PY
 }
 
 # note_other_chunks ANSWERS: answers of an interrupted run in another number of chunks are not taken over.
@@ -297,7 +276,9 @@ report_failure() {
 }
 
 stop_chunks() {
-  echo "stopped; the same command goes on from here" >&2
+  local without=''
+  if [ "$OVERWRITE" = 1 ]; then without=' without --overwrite'; fi
+  echo "stopped; the same command$without goes on from here" >&2
   if [ ${#PIDS[@]} -gt 0 ]; then kill "${PIDS[@]}" 2>/dev/null || true; fi
   wait
 }

@@ -23,6 +23,7 @@ from apet.eval.metrics import BinaryCounts
 GOLDEN = Path(__file__).resolve().parent / "golden" / "end_to_end"
 ALL = ("--benchmarks", "gqa,mme,pope,textvqa")
 SUFFIX = "\nAnswer the question using a single word or phrase."
+PICTURES = [f"{name}.png" for name in "abcde"]
 COUNTS = {"gqa": 20, "mme": 16, "pope": 24, "textvqa": 10}
 
 
@@ -86,14 +87,14 @@ def write_mme(root: Path) -> None:
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """The benchmarks in the layout of data/README.md, most over two pictures."""
+    """The benchmarks in the layout of data/README.md, most over five pictures."""
     root = tmp_path / "data"
     for folder in ("gqa/images", "pope/val2014", "textvqa/train_images"):
         (root / folder).mkdir(parents=True)
-        for name in ("a.png", "b.png"):
+        for name in PICTURES:
             Image.new("RGB", (4, 4)).save(root / folder / name)
     for write in (write_gqa, write_pope, write_textvqa):
-        write(root, ["a.png", "b.png"])
+        write(root, PICTURES)
     write_mme(root)
     return root
 
@@ -309,6 +310,39 @@ def test_the_interval_of_a_mean_is_the_textbook_one():
     assert low == pytest.approx(75 - half, abs=0.5) and high == pytest.approx(75 + half, abs=0.5)
 
 
+def test_questions_about_a_picture_are_drawn_together_and_widen_the_interval():
+    """100 pictures with five questions each, all right or all wrong: as wide as that of 100 questions."""
+    correct = np.repeat((np.arange(100) % 4 < 3).astype(float), 5)
+    ids, pictures = tuple(map(str, range(500))), tuple(str(index // 5) for index in range(500))
+    by_picture = bootstrap.resampled_scores("gqa", [bootstrap.Outcome(ids, correct, pictures=pictures)])[0]
+    by_question = bootstrap.resampled_scores("gqa", [bootstrap.Outcome(ids, correct)])[0]
+    assert by_picture.std() == pytest.approx(100 * np.sqrt(0.75 * 0.25 / 100), rel=0.05)
+    assert by_question.std() == pytest.approx(100 * np.sqrt(0.75 * 0.25 / 500), rel=0.05)
+
+
+def test_a_picture_in_several_strata_is_drawn_once_for_all_of_them():
+    strata, pictures = np.arange(24) % 3, tuple("abcdefgh"[index // 3] for index in range(24))
+    outcome = bootstrap.Outcome(tuple(map(str, range(24))), np.ones(24), np.ones(24, bool), strata, pictures=pictures)
+    counts = bootstrap.resampled_counts(outcome.clusters, 50, np.random.default_rng(0))
+    assert (counts.reshape(50, 8, 3) == counts.reshape(50, 8, 3)[:, :, :1]).all() and (counts.sum(1) == 24).all()
+    # A picture of one stratum only is drawn among its like: no stratum runs empty.
+    alone = replace(outcome, strata=np.where(np.arange(24) < 3, 3, strata))
+    counts = bootstrap.resampled_counts(alone.clusters, 50, np.random.default_rng(0))
+    assert (counts[:, :3] == 1).all() and (counts.sum(1) == 24).all()
+
+
+@pytest.mark.parametrize("name", list(COUNTS))
+def test_every_benchmark_is_resampled_by_picture(data, tmp_path, name):
+    task = tasks.open_task(name, str(data), tmp_path, None)
+    finished = run_cell(task, tmp_path, "random")
+    outcome = task.outcome(finished.score["per_sample"], finished.answers)
+    clusters = [questions for group in outcome.clusters for questions in group]
+    scored = [one.image for one in task.questions if name != "mme" or not one.image.startswith("code")]
+    assert len(clusters) == len(set(scored)) < len(scored)
+    if name != "mme":  # whose points are those of pictures already
+        assert sorted(map(len, clusters)) == sorted(scored.count(image) for image in set(scored))
+
+
 @pytest.mark.parametrize("kind", ["f1", "sum"])
 def test_runs_in_another_order_are_aligned_and_other_questions_refused(kind):
     one, two, _ = outcomes(kind)
@@ -408,7 +442,7 @@ def test_percent_intervals_equal_a_brute_force(data, monkeypatch):
 
 def test_equal_scores_share_the_better_rank():
     def row(method: str, score: float) -> results.Row:
-        return results.Row("gqa", "accuracy", method, 64, score, 64.0, 10, 1)
+        return results.Row("gqa", "accuracy", method, 64, score, 64.0, 10, 5, 1)
 
     full = replace(row("none", 90.0), budget=None)
     ranked = results._ranked([full, row("a", 50.0), row("b", 70.0), row("c", 50.0), row("d", 40.0)])

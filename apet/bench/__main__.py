@@ -9,11 +9,10 @@ import importlib
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 
 from apet.bench.output import environment, markdown
-from apet.eval.benchmarks.files import write_json_atomic, write_text_atomic
+from apet.eval.benchmarks.files import user_path, write_json_atomic, write_text_atomic
 from apet.eval.scoring_cli import Parser
 
 # Name of the sub-command and of its module. The first line of the module's docstring is its help.
@@ -62,9 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = {"command": command, "arguments": arguments, "environment": environment(), **result}
         text = markdown(result.get("tables", ()), result["environment"])
         if args.json:
-            write_json_atomic(Path(args.json).expanduser(), result, indent=1)
+            write_json_atomic(user_path(args.json), result, indent=1)
         if args.markdown:
-            write_text_atomic(Path(args.markdown).expanduser(), text)
+            write_text_atomic(user_path(args.markdown), text)
     except (ValueError, OSError, ImportError) as error:
         print(f"{flags.prog}: error: {error}", file=sys.stderr)
         return 1

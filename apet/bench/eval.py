@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         def answer(cell: Cell) -> None:
             options = RunOptions(
                 str(task.question_file), str(Path(folder) / f"{cell.name}.jsonl"), str(task.image_folder),
-                batch_size=args.batch_size, num_workers=args.num_workers,
+                batch_size=args.batch_size, num_workers=args.num_workers, overwrite=True,
             )  # fmt: skip
             torch.manual_seed(0)
             questions = list(task.questions)

@@ -11,13 +11,13 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from apet.bench.output import table
+from apet.eval.benchmarks.files import user_path
 from apet.eval.endpoint import Completion, Endpoint, Message
 from apet.eval.server import conversation, picture_url, server_settings
 
@@ -233,7 +233,7 @@ def _earlier(path: str, work: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: Another file, or one of another amount of work.
     """
     try:
-        content = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        content = json.loads(user_path(path).read_text(encoding="utf-8"))
         found, (server, *_) = content["work"], content["servers"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"--baseline {path} is no file of `apet.bench serve --json`: {error!r}") from None

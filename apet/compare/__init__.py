@@ -8,7 +8,7 @@ and how they are computed: docs/compare.md. The modules, in the order in which t
     plan       which cells there are: methods x budgets x seeds, and which are skipped for what reason
     tasks      a benchmark's files, also of its first N questions, and its scorer
     execute    answers and scores cells, resumably
-    bootstrap  paired resampling of the questions
+    bootstrap  paired resampling of the pictures
     results    cells to rows of the table
     difficulty questions that average pooling answers too, apart from the others
     table      rows as Markdown and CSV

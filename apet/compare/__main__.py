@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 
 from apet.compare.cost import measure_costs
@@ -14,7 +13,7 @@ from apet.compare.plot import TIME, TOKENS, check_matplotlib, write_png
 from apet.compare.results import rows_of
 from apet.compare.table import has_random_weights, markdown, summary, write_csv
 from apet.compare.tasks import open_task
-from apet.eval.benchmarks.files import write_text_atomic
+from apet.eval.benchmarks.files import user_path, write_text_atomic
 from apet.eval.loader import LoadedModel, add_loader_flag, run_program
 from apet.eval.scoring_cli import Parser
 
@@ -62,7 +61,7 @@ def compare(args: argparse.Namespace, loader: ModuleType) -> None:
             raise ValueError(f"{flag} {value} must be at least {least}")
     if not args.no_png:
         check_matplotlib()
-    out = Path(args.out).expanduser()
+    out = user_path(args.out)
     tasks = [open_task(name, args.data, out, args.limit) for name in parse_names(args.benchmarks, "--benchmarks")]
     loaded: LoadedModel = loader.load(args)
     cells, unreachable = plan_cells(methods, budgets, args.seeds, loaded.image_tokens, loaded.layers)

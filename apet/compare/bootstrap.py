@@ -1,9 +1,11 @@
-"""Paired bootstrap: the same resamples of the questions for every run, so that differences are within questions.
+"""Paired cluster bootstrap: the same resamples of the pictures for every run, so differences are within questions.
 
-A resample draws as many questions as there are, with replacement, inside each stratum (POPE's splits, MME's categories;
-otherwise there is one stratum). MME is drawn by pictures, which have two questions each. The headline score is computed
-anew on every resample: mean correctness, the mean over the splits of F1, or the sum over the categories. Percentages
-and differences are taken per resample and then summarised by the 2.5 % and 97.5 % quantiles.
+Questions about one picture are right or wrong together: a picture that a method spoils spoils all of them. Drawn one by
+one, as if they were independent, they would make intervals too narrow. So a resample draws as many pictures as there
+are, with replacement, each with all its questions; and it draws them among those that occur in the same strata (POPE's
+splits, MME's categories; otherwise there is one stratum), so that no stratum is ever empty. The headline score is
+computed anew on every resample: mean correctness, the mean over the splits of F1, or the sum over the categories.
+Percentages and differences are taken per resample and then summarised by the 2.5 % and 97.5 % quantiles.
 """
 
 import zlib
@@ -28,6 +30,7 @@ class Outcome:
             the mean of `correct`.
         strata: (n,) int, the stratum of every question; None for one.
         summed: The headline is the sum over strata of the mean of `correct`.
+        pictures: What each question is about; None where every one is about a picture of its own.
     """
 
     ids: tuple[str, ...]
@@ -35,11 +38,24 @@ class Outcome:
     truth: np.ndarray | None = None
     strata: np.ndarray | None = None
     summed: bool = False
+    pictures: tuple[str, ...] | None = None
 
     @property
     def maximum(self) -> float:
         """The best headline score there is."""
         return 200.0 * len(self.groups) if self.summed else 100.0
+
+    @property
+    def clusters(self) -> list[list[np.ndarray]]:
+        """Question numbers of every picture, in groups of pictures that occur in the same strata."""
+        members: dict[str | int, list[int]] = {}
+        for index, picture in enumerate(self.pictures or range(len(self.ids))):
+            members.setdefault(picture, []).append(index)
+        strata = np.zeros(len(self.ids), dtype=int) if self.strata is None else self.strata
+        groups: dict[tuple[int, ...], list[np.ndarray]] = {}
+        for questions in members.values():
+            groups.setdefault(tuple(np.unique(strata[questions])), []).append(np.array(questions))
+        return list(groups.values())
 
     @property
     def groups(self) -> list[np.ndarray]:
@@ -69,18 +85,22 @@ class Outcome:
         return 2 * right / np.maximum(2 * right + wrong, 1)
 
 
-def resampled_counts(groups: Sequence[np.ndarray], resamples: int, generator: np.random.Generator) -> np.ndarray:
-    """(resamples, n) how often each question is drawn."""
-    counts = np.zeros((resamples, sum(map(len, groups))))
+def resampled_counts(
+    groups: Sequence[Sequence[np.ndarray]], resamples: int, generator: np.random.Generator
+) -> np.ndarray:
+    """(resamples, n) how often each question is drawn, with all others about its picture; groups as `clusters`."""
+    counts = np.zeros((resamples, sum(len(questions) for group in groups for questions in group)))
     for group in groups:
         drawn = generator.integers(0, len(group), (resamples, len(group)))
         flat = drawn + np.arange(resamples)[:, None] * len(group)
-        counts[:, group] = np.bincount(flat.ravel(), minlength=resamples * len(group)).reshape(resamples, -1)
+        times = np.bincount(flat.ravel(), minlength=resamples * len(group)).reshape(resamples, -1)
+        sizes = [len(questions) for questions in group]
+        counts[:, np.concatenate(group)] = np.repeat(times, sizes, axis=1)
     return counts
 
 
 def resampled_scores(name: str, outcomes: Sequence[Outcome], resamples: int = RESAMPLES) -> np.ndarray:
-    """(runs, resamples) headline scores; resample r is the same questions for every run.
+    """(runs, resamples) headline scores; resample r is the same pictures for every run.
 
     Args:
         name: The benchmark: it seeds the draw, so that benchmarks are resampled independently and reproducibly.
@@ -94,7 +114,7 @@ def resampled_scores(name: str, outcomes: Sequence[Outcome], resamples: int = RE
     return np.concatenate(
         [
             np.stack([outcome.scores(counts) for outcome in aligned])
-            for counts in _blocks(outcomes[0].groups, name, resamples)
+            for counts in _blocks(outcomes[0].clusters, name, resamples)
         ],
         axis=1,
     )
@@ -108,7 +128,7 @@ def interval(values: np.ndarray) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def _blocks(groups: Sequence[np.ndarray], name: str, resamples: int) -> Iterator[np.ndarray]:
+def _blocks(groups: Sequence[Sequence[np.ndarray]], name: str, resamples: int) -> Iterator[np.ndarray]:
     # In blocks: 2,000 x 12,578 counts at once would take 200 MB.
     generator = np.random.default_rng([_SEED, zlib.crc32(name.encode())])
     for start in range(0, resamples, _BLOCK):
@@ -126,4 +146,4 @@ def _aligned(outcome: Outcome, reference: Outcome) -> Outcome:
         )
     order = np.array([place[key] for key in reference.ids])
     truth, strata = (None if values is None else values[order] for values in (outcome.truth, outcome.strata))
-    return Outcome(reference.ids, outcome.correct[order], truth, strata, outcome.summed)
+    return Outcome(reference.ids, outcome.correct[order], truth, strata, outcome.summed, reference.pictures)

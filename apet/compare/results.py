@@ -34,6 +34,7 @@ class Row:
         tokens: Visual tokens per question averaged over layers, as measured.
         seeds: Number of seeds; 1 for methods that do not draw.
         questions: Questions scored.
+        pictures: Pictures they are about: the units that intervals are resampled by.
         maximum: The best score there is.
         cost: Time and memory, of the method on some questions of all benchmarks; None if they were not measured.
     """
@@ -45,6 +46,7 @@ class Row:
     score: float
     tokens: float | None
     questions: int
+    pictures: int
     seeds: int
     maximum: float = 100.0
     cost: Cost | None = None
@@ -88,13 +90,14 @@ def _benchmark_rows(finished: Sequence[Finished], resamples: int) -> list[Row]:
     groups: dict[Key, list[int]] = {}
     for index, one in enumerate(finished):
         groups.setdefault((one.cell.method, one.cell.tokens), []).append(index)
-    maximum = outcomes[0].maximum
+    maximum, pictures = outcomes[0].maximum, sum(map(len, outcomes[0].clusters))
     return [
-        _row([finished[index] for index in members], values[members].mean(0), maximum) for members in groups.values()
+        _row([finished[index] for index in members], values[members].mean(0), maximum, pictures)
+        for members in groups.values()
     ]
 
 
-def _row(members: Sequence[Finished], values: np.ndarray, maximum: float) -> Row:
+def _row(members: Sequence[Finished], values: np.ndarray, maximum: float, pictures: int) -> Row:
     first = members[0]
     scores = [one.score["value"] for one in members]
     return Row(
@@ -105,6 +108,7 @@ def _row(members: Sequence[Finished], values: np.ndarray, maximum: float) -> Row
         score=float(np.mean(scores)),
         tokens=_mean(one.record["layer_averaged_tokens"] for one in members),
         questions=first.score["n_questions"],
+        pictures=pictures,
         seeds=len(members),
         maximum=maximum,
         spread=float(np.std(scores, ddof=1)) if len(members) > 1 else None,
@@ -130,6 +134,7 @@ def _average_rows(tables: Sequence[Sequence[Row]]) -> list[Row]:
                 score=float(np.mean([100 * row.score / row.maximum for row in rows])),
                 tokens=_mean(row.tokens for row in rows),
                 questions=sum(row.questions for row in rows),
+                pictures=sum(row.pictures for row in rows),
                 seeds=rows[0].seeds,
                 percent=_mean(row.percent for row in rows),
                 resamples=np.mean([100 * row.resamples / row.maximum for row in rows], axis=0),
@@ -152,19 +157,20 @@ def _against(row: Row, full: Row, baseline: Row | None) -> Row:
         with np.errstate(divide="ignore", invalid="ignore"):
             percents = 100 * row.resamples / full.resamples
         percent = 100 * row.score / full.score if full.score else None
+    known = row.pictures > 1  # of a single picture every resample is the same
     row = replace(
         row,
-        score_interval=interval(row.resamples),
+        score_interval=interval(row.resamples) if known else None,
         percent=percent,
         percent_resamples=percents,
-        percent_interval=None if row is full or percent is None else interval(percents),
+        percent_interval=interval(percents) if known and row is not full and percent is not None else None,
     )
     if baseline is None or row.method == BASELINE:
         return row
     return replace(
         row,
         difference=row.score - baseline.score,
-        difference_interval=interval(row.resamples - baseline.resamples),
+        difference_interval=interval(row.resamples - baseline.resamples) if known else None,
     )
 
 

@@ -13,11 +13,13 @@ from apet.compare.plan import UNCOMPRESSED, Skip
 from apet.compare.results import AVERAGE, Interval, Row
 from apet.eval.benchmarks.files import replacing
 
-_HEADER = ("method", "budget", "tokens", "score", "% of none", "95 %", "rank", "above random", "95 %", "seeds")
+_INTERVAL = "95 % (by picture)"
+_HEADER = ("method", "budget", "tokens", "score", "% of none", _INTERVAL, "rank", "above random", _INTERVAL, "seeds")
 _COST_HEADER = ("TTFT, ms", "sooner than none", "than random", "questions/s", "/ none", "/ random", "memory, MiB")
 _SPLIT_HEADER = ("method", "budget", "hard, %", "questions", "easy, %", "questions")
 _CSV = ("benchmark", "metric", "method", "budget", "tokens", "score", "spread", "percent", "percent_low",
-        "percent_high", "rank", "difference", "difference_low", "difference_high", "seeds", "questions")  # fmt: skip
+        "percent_high", "rank", "difference", "difference_low", "difference_high", "seeds", "questions",
+        "pictures")  # fmt: skip
 _CSV_COST = ("first_token_ms", "first_token_p10", "first_token_p90", "first_token_none", "first_token_random",
              "questions_per_second", "questions_per_second_p10", "questions_per_second_p90", "rate_none", "rate_random",
              "peak_bytes")  # fmt: skip
@@ -36,7 +38,7 @@ def markdown(
     parts = [caption(finished), *(f"NOTE: {note}\n" for note in notes(finished))]
     measured = False
     for number, (name, rows) in enumerate(tables.items()):
-        title = name if name == AVERAGE else f"{name} ({rows[0].metric}, {rows[0].questions:,} questions)"
+        title = name if name == AVERAGE else f"{name} ({rows[0].metric}, {_counts(rows[0])})"
         lines = [_HEADER, *map(_cells, rows)]
         if number == 0 and any(row.cost for row in rows):
             measured = True
@@ -69,7 +71,10 @@ def summary(tables: Mapping[str, Sequence[Row]], finished: Sequence[Finished]) -
     lines = [(method, *(_share(cells.get((method, budget))) for budget in budgets)) for method in methods]
     full = next(row for row in rows if row.method == UNCOMPRESSED)
     what = "mean over the benchmarks" if name == AVERAGE else f"{name}, {full.metric}"
-    title = f"Percent of the uncompressed model ({what}; uncompressed: {full.score:.2f}) and 95 % interval.\n"
+    title = (
+        f"Percent of the uncompressed model ({what}; uncompressed: {full.score:.2f}) and 95 % interval, resampled by "
+        f"picture ({_counts(full)}).\n"
+    )
     header = ("method", *(f"{budget} tokens" for budget in budgets))
     return "\n".join([caption(finished), *(f"NOTE: {note}\n" for note in notes(finished)), title,
                       _aligned([header, *lines])])  # fmt: skip
@@ -131,7 +136,8 @@ _LEGEND = f"""\
 budget: visual tokens per question asked for, averaged over the decoder layers; tokens: the same as measured. none: the
 uncompressed model. score: mean over the seeds, ± their standard deviation; on average the mean over the benchmarks, MME
 in percent of its points. % of none: score in percent of the uncompressed model's; on average the mean of these.
-95 %: paired bootstrap over the questions ({RESAMPLES:,} resamples; random selection: mean over its seeds in each).
+95 %: paired bootstrap that draws pictures, each with all its questions ({RESAMPLES:,} resamples; random selection: mean
+over its seeds in each).
 rank: at the same budget, 1 is best. above random: points above random selection at the same budget.
 """
 _COST_LEGEND = f"""\
@@ -145,6 +151,10 @@ Only questions that the uncompressed model answers (correctness of at least 0.5)
 budget fails; easy: it succeeds too, so these say little about a method. Mean correctness, random selection over its
 seeds.
 """
+
+
+def _counts(row: Row) -> str:
+    return f"{row.questions:,} questions about {row.pictures:,} pictures"
 
 
 def _cells(row: Row) -> list[str]:
@@ -179,8 +189,16 @@ def _cost_cells(cost: Cost | None) -> list[str]:
 
 def _costs(cost: Cost) -> tuple[float | None, ...]:
     """In the order of `_CSV_COST`."""
-    first = (*cost.first_token, cost.first_token_none, cost.first_token_random)
-    return (*first, *cost.rate, cost.rate_none, cost.rate_random, cost.memory)
+    first, rate = ((one.median, one.p10, one.p90) for one in (cost.first_token, cost.rate))
+    return (
+        *first,
+        cost.first_token_none,
+        cost.first_token_random,
+        *rate,
+        cost.rate_none,
+        cost.rate_random,
+        cost.memory,
+    )
 
 
 def _timing(timing: Timing) -> str:

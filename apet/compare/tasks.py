@@ -14,7 +14,14 @@ import numpy as np
 
 from apet.compare.bootstrap import Outcome
 from apet.eval.benchmarks import Question, Score, get_benchmark
-from apet.eval.benchmarks.files import iterate_jsonl, read_answers, read_json, write_json_atomic, write_text_atomic
+from apet.eval.benchmarks.files import (
+    iterate_jsonl,
+    read_answers,
+    read_json,
+    user_path,
+    write_json_atomic,
+    write_text_atomic,
+)
 from apet.eval.benchmarks.mme import GROUPS, RELEASE, truth_files, write_results
 from apet.eval.benchmarks.textvqa import question_of_prompt
 from apet.eval.data_check import find_data
@@ -51,14 +58,24 @@ class Task:
             return _mme_outcome(per_sample)
         ids = tuple(per_sample)
         correct = np.array([per_sample[key] for key in ids], dtype=float)
+        shown = self._pictures()
+        pictures = tuple(shown[key] for key in ids)
         if self.benchmark != "pope":
-            return Outcome(ids, correct)
+            return Outcome(ids, correct, pictures=pictures)
         said = {key: pope_yes_no(row["text"]) == "yes" for key, row in read_answers(answers).items()}
         splits = {str(row["question_id"]): row["category"] for _, row in iterate_jsonl(self.question_file)}
         names = sorted(set(splits.values()))
         # An answer is "yes" and right, or "no" and wrong: then the truth is "yes".
         truth = np.array([said[key] == (per_sample[key] > 0.5) for key in ids])
-        return Outcome(ids, correct, truth, np.array([names.index(splits[key]) for key in ids]))
+        strata = np.array([names.index(splits[key]) for key in ids])
+        return Outcome(ids, correct, truth, strata, pictures=pictures)
+
+    def _pictures(self) -> Mapping[str, str]:
+        """The picture that each question of a score is about."""
+        if self.benchmark == "textvqa":
+            rows = read_json(self.folder / _TEXTVQA_ANSWERS)["data"]
+            return {str(row["question_id"]): str(row["image_id"]) for row in rows}
+        return {str(question.question_id): question.image for question in self.questions}
 
 
 def open_task(benchmark: str, data: str, out: Path, limit: int | None) -> Task:
@@ -70,7 +87,7 @@ def open_task(benchmark: str, data: str, out: Path, limit: int | None) -> Task:
     if benchmark not in _SCORERS:
         raise ValueError(f"cannot compare on benchmark {benchmark!r}; available: {', '.join(_SCORERS)}")
     entry = find_data(benchmark)
-    folder = Path(data).expanduser() / entry.folder
+    folder = user_path(data) / entry.folder
     question_file = folder / entry.files[0].path
     images = [folder / path for path in entry.images]
     for path in (question_file, next((path for path in images if path.is_dir()), images[0])):

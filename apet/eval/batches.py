@@ -5,6 +5,7 @@ the one before. Where a batch does not fit into the memory of the device, its ha
 """
 
 import queue
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -106,7 +107,10 @@ def batches(prepared: Iterable[tuple[int, Any]], size: BatchSize, load: Callable
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The items, the next one always being made in a thread. What goes wrong there is raised here, in its turn."""
+    """The items, the next one always being made in a thread. What goes wrong there is raised here, in its turn.
+
+    Ctrl-C is for the main thread: processes that the thread starts do not hear it, the main thread ends them.
+    """
     ready: queue.Queue = queue.Queue(maxsize=1)
     stopped = threading.Event()
 
@@ -120,6 +124,8 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
         return False
 
     def work() -> None:
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for item in items:
                 if not put((True, item)):

@@ -7,6 +7,7 @@ import argparse
 
 from apet.config import BUDGETS_PER, VIDEO_BUDGETS_PER, ApetConfig, parse_list
 from apet.eval.batches import AUTO, CPU_BATCH_SIZE
+from apet.eval.benchmarks.files import user_path
 from apet.eval.run_options import RunOptions
 from apet.eval.scoring_cli import Parser
 from apet.methods import get_method, method_names, parse_method
@@ -30,9 +31,13 @@ def add_runner_flags(parser: Parser) -> None:
     """How the run is carried out."""
     add_batch_flags(parser)
     parser.add_argument("--resume", action="store_true", help="continue a partial answers file of the same settings")
+    parser.add_argument("--overwrite", action="store_true", help="replace the answers file once a new answer is there")
     parser.add_argument("--limit", type=int, default=None, help="only the first so many questions")
     parser.add_argument(
-        "--on_error", choices=("stop", "skip"), default="stop", help="an unreadable image: stop, or list it and go on"
+        "--on_error",
+        choices=("stop", "skip"),
+        default="stop",
+        help="a question that cannot be asked (unreadable picture, prompt too long): stop, or list it and go on",
     )
 
 
@@ -140,12 +145,14 @@ def config_from_flags(args: argparse.Namespace) -> ApetConfig:
     )
 
 
-def run_options(args: argparse.Namespace) -> RunOptions:
-    """Runner options of parsed flags.
+def run_options(args: argparse.Namespace, inputs: tuple[str, ...] = ()) -> RunOptions:
+    """Runner options of parsed flags; `inputs` are files that are read beside the questions.
 
     Raises:
-        ValueError: As `RunOptions`.
+        ValueError: As `RunOptions`, or a path below the home of a user that does not exist.
     """
+    for path in (args.question_file, args.answers_file, args.image_folder):
+        user_path(path)
     return RunOptions(
         question_file=args.question_file,
         answers_file=args.answers_file,
@@ -157,6 +164,8 @@ def run_options(args: argparse.Namespace) -> RunOptions:
         resume=args.resume,
         limit=args.limit,
         on_error=args.on_error,
+        overwrite=args.overwrite,
+        inputs=inputs,
     )
 
 
@@ -177,7 +186,10 @@ class _ChunkFlag(argparse.Action):
 
 
 def _batch_size(text: str) -> int | str:
-    return text if text == AUTO else int(text)
+    try:
+        return text if text == AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number, or {AUTO}") from None
 
 
 def _fps_start(text: str) -> int | str:

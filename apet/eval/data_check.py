@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from apet.eval.benchmarks import get_benchmark
-from apet.eval.benchmarks.files import iterate_jsonl, listing, read_json, read_text
+from apet.eval.benchmarks.files import iterate_jsonl, listing, read_json, read_text, user_path
 from apet.eval.benchmarks.mmbench_table import read_table
 from apet.eval.benchmarks.mme import CATEGORIES
 from apet.eval.images import ImageError
@@ -215,7 +215,7 @@ def find_data(name: str) -> BenchmarkData:
 
 def check_benchmark(data: BenchmarkData, root: str | os.PathLike[str]) -> list[Finding]:
     """Findings about the files and images of a benchmark below `root`, the folder that scripts call DATA."""
-    folder = Path(root).expanduser() / data.folder
+    folder = user_path(root) / data.folder
     findings = [_check_file(file, folder) for file in data.files]
     if data.images:
         findings.append(_check_images(data, folder, readable=findings[0].state in ("ok", "other size")))

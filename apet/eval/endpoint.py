@@ -2,13 +2,16 @@
 
 Standard library only. Requests that fail on the way or because the server is busy (no connection, timeout, 408, 429,
 5xx) are repeated with growing waits; every other refusal is an `EndpointError` with the server's own words. The key is
-read from an environment variable and sent nowhere but to the given server: redirects are refused.
+read from an environment variable and sent nowhere but to the given server: redirects are refused, over plain http it
+goes to this machine only, and requests to this machine take no proxy.
 """
 
 import collections
 import email.utils
 import http.client
+import ipaddress
 import json
+import math
 import os
 import random
 import ssl
@@ -21,7 +24,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-KEY_VARIABLE = "OPENAI_API_KEY"
+KEY_VARIABLE = "APET_API_KEY"
+# OpenAI's key is for the one server that a user named as the judge (`llava.eval.eval_video_qa`), never for another.
+JUDGE_KEY_VARIABLE = "OPENAI_API_KEY"
 LONGEST_WAIT = 60.0  # seconds between two attempts, whatever the server asks for
 _BUSY = (408, 429)  # statuses worth a repetition, beside 5xx
 _QUOTED = 500  # characters of a server's message that go into ours
@@ -98,9 +103,10 @@ class Endpoint:
     key_variable: str = KEY_VARIABLE
 
     def __post_init__(self) -> None:
-        parts = urllib.parse.urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"server URL {self.url!r} must look like http://localhost:8000/v1")
+        parts = _split(self.url)
+        if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+            shown = repr(self.url) if "@" not in self.url else "with a user name or password in it"
+            raise ValueError(f"server URL {shown} must look like http://localhost:8000/v1")
         if parts.username is not None or parts.query or parts.fragment:
             raise ValueError(
                 f"server URL {parts.scheme}://{parts.hostname}...: user names, passwords, ? and # do not belong into "
@@ -111,9 +117,9 @@ class Endpoint:
         for name, least in (("concurrency", 1), ("attempts", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be at least {least}")
-        if self.timeout <= 0 or self.first_wait < 0:
+        if not 0 < self.timeout < math.inf or not 0 <= self.first_wait < math.inf:
             raise ValueError(
-                f"timeout={self.timeout!r} must be positive and first_wait={self.first_wait!r} not negative"
+                f"timeout={self.timeout!r} must be positive, first_wait={self.first_wait!r} not negative, both finite"
             )
 
     def models(self) -> list[dict[str, Any]]:
@@ -280,7 +286,7 @@ class Endpoint:
         if data is not None:
             request.add_header("Content-Type", "application/json")
         try:
-            return _OPENER.open(request, timeout=self.timeout)
+            return (_DIRECT if self._is_loopback else _OPENER).open(request, timeout=self.timeout)
         except urllib.error.HTTPError as error:
             with error:
                 self._refuse(error.code, _reply(error), error.headers)
@@ -303,11 +309,35 @@ class Endpoint:
             said += f" (the key comes from the environment variable {self.key_variable}, which {state})"
         raise EndpointError(f"{self.url} refused the request, {said}", status)
 
+    @property
+    def _is_loopback(self) -> bool:
+        """Whether requests stay on this machine."""
+        host = urllib.parse.urlsplit(self.url).hostname
+        try:
+            return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return False
+
     def _key(self) -> dict[str, str]:
         key = os.environ.get(self.key_variable, "").strip()
         if not (key.isascii() and key.isprintable()):
             raise EndpointError(f"the key in {self.key_variable} has characters that cannot be sent")
+        if key and self.url.startswith("http://") and not self._is_loopback:
+            raise EndpointError(
+                f"the key in {self.key_variable} would travel unencrypted to {self.url}; use https, reach the server "
+                f"through a tunnel (ssh -L 8000:HOST:8000, http://localhost:8000), or unset {self.key_variable}"
+            )
         return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def _split(url: str) -> urllib.parse.SplitResult | None:
+    """The parts of a URL; None for one with characters, brackets or a port that no URL has."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = url.isascii() and url.isprintable() and " " not in url and parts.port != 0
+        return parts if usable else None
+    except ValueError:
+        return None
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -318,6 +348,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 _OPENER = urllib.request.build_opener(_NoRedirect)
+_DIRECT = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
 
 
 def _lines(response: Any) -> Iterator[bytes]:

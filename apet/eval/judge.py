@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from apet.eval.benchmarks.base import Score
-from apet.eval.benchmarks.files import PathLike, read_json, write_json_atomic
+from apet.eval.benchmarks.files import PathLike, read_json, user_path, write_json_atomic
 from apet.eval.benchmarks.video_qa import read_predictions, unanswered_line
 from apet.eval.endpoint import Endpoint, EndpointError, Message
 
@@ -55,7 +55,7 @@ def judge(name: str, pred_path: PathLike, folder: PathLike, endpoint: Endpoint, 
         ValueError: Broken answers, or not one usable judgement.
     """
     rows, failures = read_predictions(pred_path)
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     judged = {key: _kept(_file(folder, key), row, model) for key, row in rows.items()}
     missing = [key for key, one in judged.items() if one is None]

@@ -8,7 +8,7 @@ from apet.eval.scoring_cli import Parser, run
 
 
 def _merge(args: argparse.Namespace) -> None:
-    merge_chunks(args.chunks, args.answers_file)
+    merge_chunks(args.chunks, args.answers_file, overwrite=args.overwrite)
     print(f"joined {len(args.chunks)} chunks in {args.answers_file}")
 
 
@@ -16,7 +16,8 @@ def parser() -> Parser:
     """The program's flags."""
     flags = Parser(prog="python -m apet.eval.merge", description=__doc__.partition(":")[0])
     flags.add_argument("--answers-file", required=True, help="where the joined answers go")
-    flags.add_argument("chunks", nargs="+", help="answers files of all chunks, in order")
+    flags.add_argument("--overwrite", action="store_true", help="replace answers of another run that are there")
+    flags.add_argument("chunks", nargs="+", help="answers files of all chunks")
     return flags
 
 

@@ -16,6 +16,8 @@ class RunOptions:
         batch_size: Questions per batch, or "auto" for the most that fit (`apet.eval.batches.BatchSize`).
         num_workers: Worker processes that open and prepare images; 0 prepares in this process.
         resume: Continue a partial answers file of the same settings.
+        overwrite: Replace an answers file as soon as there is a first new answer.
+        inputs: Further files the run reads, which no output may be.
         limit: Only the first so many questions of the file; None for all.
         on_error: "stop" at an image that cannot be read, or "skip" it and list it in the run record.
     """
@@ -30,6 +32,8 @@ class RunOptions:
     resume: bool = False
     limit: int | None = None
     on_error: str = "stop"
+    overwrite: bool = False
+    inputs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_chunks < 1 or not 0 <= self.chunk_idx < self.num_chunks:
@@ -45,3 +49,7 @@ class RunOptions:
             raise ValueError(f"--limit {self.limit} must be at least 1")
         if self.on_error not in ("stop", "skip"):
             raise ValueError(f"--on_error {self.on_error!r} must be stop or skip")
+        if self.resume and self.overwrite:
+            raise ValueError(
+                "--resume continues the answers that are there, --overwrite replaces them; give one of them"
+            )

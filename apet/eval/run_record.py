@@ -7,6 +7,7 @@ settings, and a score can be traced back to what produced it.
 import hashlib
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import time
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 
 from apet.eval.answerer import Answer, Answerer
-from apet.eval.benchmarks.files import read_json, write_json_atomic
+from apet.eval.benchmarks.files import read_json, record_path, write_json_atomic
+from apet.eval.journal import NOTHING, Counts, counts_of, total
 from apet.eval.run_options import RunOptions
 
 _LIBRARIES = ("torch", "transformers", "tokenizers", "accelerate", "pillow", "numpy")
@@ -35,8 +37,10 @@ class RunRecord:
         environment: Versions, commit, device, host CPU.
         questions: Questions of this shard.
         status: "running" or "complete".
-        counts: Sums over the answers measured: answers, new_tokens, visual_tokens, seconds (of answering, not loading).
+        counts: answers in the file; over those measured (all, unless the journal of a killed run was lost) sums of
+            new_tokens, visual_tokens, seconds (of answering, not loading).
         failures: Questions without an answer, with the reason.
+        replaces: SHA-256 of an answers file of another run that this one is about to replace; None afterwards.
     """
 
     path: Path
@@ -44,17 +48,23 @@ class RunRecord:
     environment: dict[str, Any]
     questions: int
     status: str = "running"
-    counts: dict[str, float] = field(
-        default_factory=lambda: {"answers": 0, "new_tokens": 0, "visual_tokens": 0.0, "with_visual": 0, "seconds": 0.0}
-    )
+    counts: Counts = field(default_factory=NOTHING.copy)
     failures: list[dict[str, Any]] = field(default_factory=list)
     started: float = field(default_factory=time.time)
+    answers_file: str | None = None
+    replaces: str | None = None
     _saved: float = 0.0
 
     @staticmethod
     def path_for(answers_file: str | Path) -> Path:
         """Where the record of an answers file is."""
-        return Path(answers_file).expanduser().with_suffix(".run.json")
+        return record_path(answers_file)
+
+    @staticmethod
+    def answers_file_of(path: Path) -> Path | None:
+        """The answers file that a record names; None without a record, or in one from before they had names."""
+        name = _content(path).get("answers_file") if path.is_file() else None
+        return None if name is None else path.with_name(name)
 
     @classmethod
     def begin(cls, options: RunOptions, answerer: Answerer, questions: int) -> "RunRecord":
@@ -65,11 +75,13 @@ class RunRecord:
             "batch_size": options.batch_size,
             "num_workers": options.num_workers,
             "chunk": [options.chunk_idx, options.num_chunks],
+            "limit": options.limit,
         }
-        return cls(cls.path_for(options.answers_file), settings, environment, questions)
+        path = cls.path_for(options.answers_file)
+        return cls(path, settings, environment, questions, answers_file=Path(options.answers_file).name)
 
-    def continue_from(self, answers_file: Path) -> None:
-        """Take over the counts of the run that left a partial answers file.
+    def continue_from(self, answers_file: Path) -> dict[str, Any]:
+        """Content of the record that the run left which began the answers file; its start is taken over.
 
         Raises:
             ValueError: No record beside the answers, or one with other settings.
@@ -77,32 +89,26 @@ class RunRecord:
         if not self.path.is_file():
             raise ValueError(
                 f"{answers_file} has no record {self.path.name} beside it, so nobody can tell what produced it; give "
-                "another --answers-file, or leave out --resume to start anew"
+                "another --answers-file, or replace it with --overwrite"
             )
-        before = read_json(self.path)
-        old = before.get("settings", {})
-        wanted = json.loads(json.dumps(self.settings))
-        changed = sorted(name for name in old.keys() | wanted.keys() if old.get(name) != wanted.get(name))
-        if changed:
-            differences = "; ".join(f"{name}: {old.get(name)!r} there, {wanted.get(name)!r} now" for name in changed)
+        before = _content(self.path)
+        differences = differing(before["settings"], self.settings)
+        if differences:
             raise ValueError(
-                f"{answers_file} was made with other settings ({differences}); give another --answers-file, or leave "
-                "out --resume to start anew"
+                f"{answers_file} was made with other settings ({differences}); give another --answers-file, or replace "
+                "it with --overwrite"
             )
-        self.counts = before["counts"]
         self.started = before["started"]
+        return before
 
-    def add(self, answers: Sequence[Answer], seconds: float) -> None:
-        """Count a batch."""
-        visual = [answer.visual_tokens for answer in answers if answer.visual_tokens is not None]
-        increments = {
-            "answers": len(answers),
-            "new_tokens": sum(answer.new_tokens for answer in answers),
-            "visual_tokens": sum(visual),
-            "with_visual": len(visual),
-            "seconds": seconds,
-        }
-        self.counts = {name: self.counts[name] + value for name, value in increments.items()}
+    def add(self, answer: Answer, seconds: float) -> None:
+        """Count an answer that was written."""
+        self.counts = total([self.counts, counts_of(answer.new_tokens, answer.visual_tokens, seconds)])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the settings: equal for runs whose answers are."""
+        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
 
     @property
     def layer_averaged_tokens(self) -> float | None:
@@ -113,12 +119,19 @@ class RunRecord:
     @property
     def samples_per_second(self) -> float | None:
         """Answers per second of answering; opening images in workers overlaps with it."""
-        return self.counts["answers"] / self.counts["seconds"] if self.counts["seconds"] else None
+        return self.counts["measured"] / self.counts["seconds"] if self.counts["seconds"] else None
 
     def save(self) -> None:
-        """Write the record, whole or not at all."""
+        """Write the record, whole or not at all.
+
+        Raises:
+            OSError: It cannot be written; the one before stays.
+        """
         self._saved = time.monotonic()
-        write_json_atomic(self.path, self.to_json(), indent=1)
+        try:
+            write_json_atomic(self.path, self.to_json(), indent=1)
+        except OSError as error:
+            raise unwritable(self.path, error, "--resume" if self.replaces is None else "--overwrite") from error
 
     def save_sometimes(self) -> None:
         """Write the record unless it was written a moment ago."""
@@ -132,7 +145,7 @@ class RunRecord:
 
     def to_json(self) -> dict[str, Any]:
         """The file's content."""
-        return {
+        content = {
             "status": self.status,
             "settings": self.settings,
             "environment": self.environment,
@@ -143,7 +156,9 @@ class RunRecord:
             "failures": self.failures,
             "started": self.started,
             "wall_seconds": time.time() - self.started,
+            "answers_file": self.answers_file,
         }
+        return content if self.replaces is None else content | {"replaces": self.replaces}
 
     @classmethod
     def read(cls, answers_file: str | Path) -> "RunRecord":
@@ -155,9 +170,9 @@ class RunRecord:
         path = cls.path_for(answers_file)
         if not path.is_file():
             raise ValueError(f"{answers_file} has no record {path.name} beside it; run its chunk first")
-        content = read_json(path)
-        names = ("settings", "environment", "questions", "status", "counts", "failures", "started")
-        return cls(path, **{name: content[name] for name in names})
+        content = _content(path)
+        names = ("settings", "environment", "questions", "status", "failures", "started")
+        return cls(path, counts=total([content["counts"]]), **{name: content[name] for name in names})
 
     @classmethod
     def read_finished(cls, answers_file: str | Path) -> "RunRecord":
@@ -173,23 +188,91 @@ class RunRecord:
 
     @classmethod
     def joined(cls, records: Sequence["RunRecord"], target: str | Path) -> "RunRecord":
-        """The record of a merged answers file.
+        """The record of a merged answers file: of a run in one piece.
 
         Raises:
-            ValueError: The shards were made with different settings.
+            ValueError: The records are not those of all chunks of one run.
         """
         first = records[0]
-        for record in records[1:]:
-            if record.settings != first.settings:
-                raise ValueError(
-                    f"{record.path} and {first.path} were made with different settings; run one of them anew"
-                )
-        counts = {name: sum(record.counts[name] for record in records) for name in first.counts}
+        _check_chunks(records)
+        counts = total([record.counts for record in records])
         failures = [failure for record in records for failure in record.failures]
         questions = sum(record.questions for record in records)
-        environment = first.environment | {"chunk": [0, len(records)]}
+        environment = first.environment | {"chunk": [0, 1]}
         started = min(record.started for record in records)
-        return cls(cls.path_for(target), first.settings, environment, questions, "complete", counts, failures, started)
+        return cls(
+            cls.path_for(target), first.settings, environment, questions, "complete", counts, failures, started,
+            Path(target).name,
+        )  # fmt: skip
+
+    @property
+    def chunk(self) -> tuple[int, int]:
+        """Which of how many chunks, from 0."""
+        index, count = self.environment["chunk"]
+        return index, count
+
+
+_NAMES = {
+    "settings": dict, "environment": dict, "counts": dict, "failures": list, "questions": int, "status": str,
+    "started": float | int,
+}  # fmt: skip
+
+
+def _content(path: Path) -> dict[str, Any]:
+    """What a record's file holds; ValueError where that is no record."""
+    content = read_json(path)
+    held = content if isinstance(content, dict) else {}
+    wrong = [name for name, kind in _NAMES.items() if not isinstance(held.get(name), kind)]
+    if wrong:
+        raise ValueError(f"{path} is no run record: {wrong[0]!r} is {held.get(wrong[0])!r}; move it away to start anew")
+    return content
+
+
+def _check_chunks(records: Sequence[RunRecord]) -> None:
+    """Raise ValueError unless the records are those of chunks 0..n-1 of one run, in this order."""
+    first, count = records[0], len(records)
+    for record in records:
+        differences = differing(first.settings, record.settings)
+        if differences:
+            raise ValueError(
+                f"{record.path} and {first.path} were made with different settings ({differences}); run one of them "
+                "anew"
+            )
+        limits = [one.environment.get("limit") for one in (first, record)]
+        if limits[0] != limits[1]:
+            raise ValueError(f"{first.path} was run with --limit {limits[0]}, {record.path} with --limit {limits[1]}")
+        if record.chunk[1] != count:
+            raise ValueError(f"{record.path} is a chunk of {record.chunk[1]}, but {count} are to be joined; give all")
+    numbers = [record.chunk[0] for record in records]
+    if numbers != list(range(count)):
+        raise ValueError(
+            f"the files to be joined are chunks {', '.join(map(str, numbers))}; give 0..{count - 1}, each once"
+        )
+    size, extra = divmod(sum(record.questions for record in records), count)
+    for index, record in enumerate(records):
+        if record.questions != size + (index < extra):
+            raise ValueError(f"{record.path} has {record.questions} questions, not its share of one question file")
+
+
+def differing(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """What differs between the settings of two runs, as text; empty if nothing does."""
+    wanted = json.loads(json.dumps(new))
+    changed = sorted(name for name in old.keys() | wanted.keys() if old.get(name) != wanted.get(name))
+    return "; ".join(f"{name}: {old.get(name)!r} there, {wanted.get(name)!r} now" for name in changed)
+
+
+def unwritable(path: Path, error: OSError, go_on: str | None = None) -> OSError:
+    """An error that says in a sentence what cannot be written; one that says so already is returned as it is.
+
+    Args:
+        path: The file.
+        error: What the system said.
+        go_on: The flag that continues; None where there is nothing yet.
+    """
+    if error.strerror is None:
+        return error
+    kept = f"what is in it stays valid: mend that and go on with {go_on}"
+    return OSError(f"{path} cannot be written: {error.strerror}; {kept if go_on else 'give another --answers-file'}")
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -211,12 +294,17 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree; None when installed without one."""
-    folder = Path(__file__).resolve().parent
+    """Commit of ApET's own source tree; None when installed without one, wherever that is."""
+    root = Path(__file__).resolve().parents[2]
+    # A git hook sets GIT_DIR and more, which would lead to the repository it runs in.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, timeout=10, check=False
-        )
+            ["git", "rev-parse", "--show-toplevel", "HEAD"],
+            cwd=root, env=environment, capture_output=True, text=True, timeout=10, check=False,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    lines = done.stdout.splitlines()
+    own = len(lines) == 2 and Path(lines[0]).resolve() == root
+    return lines[1] if done.returncode == 0 and own else None

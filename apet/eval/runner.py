@@ -1,8 +1,9 @@
 """The only evaluation loop: shards, batches, worker processes, resume, and a record of the run beside the answers.
 
-Answers are appended as they come, one flushed line each, so a killed run loses at most the batch in flight. A finished
-file is in the order of the questions; order and content do not depend on batch size, workers or shards. While the model
-answers a batch, worker processes prepare the following ones, a thread uploads the next, and another writes the last.
+Answers are appended as they come, one line each (`apet.eval.answers_file`), so a killed run loses at most the batch in
+flight. A finished file is in the order of the questions; it is the same to the byte for every batch size, number of
+workers or shards and after every interruption. While the model answers a batch, worker processes prepare the following
+ones, a thread uploads the next, and another writes the last.
 """
 
 import json
@@ -10,6 +11,7 @@ import os
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -22,12 +24,15 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from apet.eval.answerer import Answer, Answerer, Preparer, Uploader
+from apet.eval.answers_file import AnswersFile, question_key, written_files
 from apet.eval.batches import Batch, BatchSize, ahead, batches
 from apet.eval.benchmarks import Benchmark, Question
-from apet.eval.benchmarks.files import write_text_atomic
+from apet.eval.benchmarks.files import beside, refuse_inputs, write_text_atomic
+from apet.eval.file_lock import FileLock
 from apet.eval.images import ImageError, Pictures
+from apet.eval.interrupts import Interrupted
 from apet.eval.run_options import RunOptions
-from apet.eval.run_record import RunRecord
+from apet.eval.run_record import RunRecord, unwritable
 
 
 def split_balanced(items: Sequence, num_chunks: int) -> list[Sequence]:
@@ -62,23 +67,70 @@ def run(
         The finished record, as written beside the answers (`X.jsonl` -> `X.run.json`).
 
     Raises:
-        ValueError: An image that cannot be read (with on_error="stop"), or a resumed file of another run. Answers given
-            so far stay in the file.
+        ValueError: An image that cannot be read (with on_error="stop"), answers that nobody said to continue or to
+            replace, or a resumed file of another run. Answers given so far stay in the file.
+        OSError: The answers cannot be written, or another run is writing them.
+        Interrupted: Ctrl-C, or SIGTERM inside `termination_interrupts`.
     """
-    questions = questions[: options.limit]
+    questions = numbered(questions)[: options.limit]
     shard = split_balanced(questions, options.num_chunks)[options.chunk_idx]
-    answers = AnswersFile(options.answers_file, benchmark.key_names)
-    record = RunRecord.begin(options, answerer, len(shard))
-    done = answers.open(shard, record, options.resume)
-    todo = [index for index in range(len(shard)) if index not in done]
-    try:
-        _answer_all(benchmark, answerer, options, shard, todo, length, answers, record)
-    finally:
-        answers.close()
-        record.save()
-    answers.put_in_order(shard)
-    record.finish()
+    with AnswersFile(options, benchmark.key_names) as answers:
+        record = RunRecord.begin(options, answerer, len(shard))
+        done = answers.begin(shard, record)
+        todo = [index for index in range(len(shard)) if index not in done]
+        try:
+            _answer_all(benchmark, answerer, options, shard, todo, length, answers, record)
+            answers.finish(shard)
+        except KeyboardInterrupt as stop:
+            answers.keep()
+            raise Interrupted(answers.goes_on_with) from stop
+        except BaseException as error:
+            answers.keep()
+            if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+                raise _worker_ended(error, options, answers) from error
+            raise
     return record
+
+
+def _worker_ended(error: RuntimeError, options: RunOptions, answers: AnswersFile) -> ChildProcessError:
+    return ChildProcessError(
+        f"a process that prepares pictures was ended from outside, perhaps for want of memory ({error}); lower "
+        f"--num_workers {options.num_workers} and go on with {answers.goes_on_with}"
+    )
+
+
+def check(benchmark: Benchmark, options: RunOptions, questions: list[Question]) -> None:
+    """What `run` refuses about files and questions, before minutes go into loading a model.
+
+    Raises:
+        ValueError: As `run`.
+        OSError: As `run`.
+    """
+    numbered(questions)
+    with AnswersFile(options, benchmark.key_names):
+        pass
+
+
+def numbered(questions: Sequence[Question]) -> list[Question]:
+    """The questions, each with how often its id stands before it.
+
+    Raises:
+        ValueError: One id is a number here and a text there; to the scorers they are the same.
+    """
+    seen: Counter[int | str] = Counter()
+    spelled: dict[str, int | str] = {}
+    found = []
+    for question in questions:
+        key = question.question_id
+        first = spelled.setdefault(str(key), key)
+        if type(first) is not type(key):
+            raise ValueError(
+                f"question_id {first!r} and question_id {key!r} are one id to the scorers; write all ids as numbers, "
+                "or all as texts"
+            )
+        found.append(replace(question, occurrence=seen[key]))
+        seen[key] += 1
+    return found
 
 
 def _answer_all(
@@ -88,20 +140,13 @@ def _answer_all(
     shard: Sequence[Question],
     todo: list[int],
     length: Callable[[Question], int],
-    answers: "AnswersFile",
+    answers: AnswersFile,
     record: RunRecord,
 ) -> None:
     size = BatchSize(options.batch_size, answerer.device)
     load = answerer.load if isinstance(answerer, Uploader) else list
     prepared = _loader(shard, _sorted(shard, todo, length, size), answerer.preparer, options, size)
-
-    def write(batch: Batch, texts: list[Answer], seconds: float) -> None:
-        for (index, _), answer in zip(batch.ready, texts, strict=True):
-            answers.append(_line(benchmark, answerer, shard[index], answer))
-        record.add(texts, seconds)
-        record.save_sometimes()
-
-    writer = Writer(write)
+    writer = Writer(_write_batch(benchmark, answerer, shard, answers, record))
     try:
         with (
             closing(ahead(batches(prepared, size, load))) as coming,
@@ -127,6 +172,24 @@ def _answer_all(
         writer.close()
         if size.auto:
             record.environment["batch_size"] = f"auto: {size.now}"
+
+
+def _write_batch(
+    benchmark: Benchmark, answerer: Answerer, shard: Sequence[Question], answers: AnswersFile, record: RunRecord
+) -> Callable[[Batch, list[Answer], float], None]:
+    """What writes a batch, its answers and the seconds they took."""
+    run_digest = record.digest
+
+    def write(batch: Batch, texts: list[Answer], seconds: float) -> None:
+        for (index, _), answer in zip(batch.ready, texts, strict=True):
+            question = shard[index]
+            # Drawn from what is answered and how, so that the same run gives the same file to the byte.
+            answer_id = shortuuid.uuid(name=json.dumps([run_digest, question_key(question)]))
+            line = benchmark.answer_line(question, answer.text, answer_id=answer_id, model_id=answerer.model_id)
+            answers.append(question, line, answer, seconds / len(texts))
+        record.save_sometimes()
+
+    return write
 
 
 def _answer_if_it_fits(answerer: Answerer, batch: Batch) -> list[Answer] | None:
@@ -156,9 +219,12 @@ class Writer:
         self._entries.put(entry)
 
     def close(self) -> None:
-        """Wait until everything is written."""
+        """Wait until everything is written, also when Ctrl-C comes while waiting."""
         self._entries.put(None)
-        self._thread.join()
+        try:
+            self._thread.join()
+        finally:
+            self._thread.join()
         self._raise()
 
     def _work(self) -> None:
@@ -172,10 +238,6 @@ class Writer:
         error, self._error = self._error, None
         if error is not None:
             raise error
-
-
-def _line(benchmark: Benchmark, answerer: Answerer, question: Question, answer: Answer) -> dict[str, Any]:
-    return benchmark.answer_line(question, answer.text, answer_id=shortuuid.uuid(), model_id=answerer.model_id)
 
 
 def _label(options: RunOptions) -> str:
@@ -242,102 +304,54 @@ class _Prepared(Dataset):
             return index, error
 
 
-def _question_key(question: Question) -> str:
-    return json.dumps([question.question_id, question.text, question.fields.get("round_id")])
-
-
-class AnswersFile:
-    """A JSON-lines file of answers that can be continued.
+def merge_chunks(paths: Sequence[str | Path], target: str | Path, *, overwrite: bool = False) -> None:
+    """Join the answers and run records of all chunks of one run, in the order of the chunks, into one file.
 
     Args:
-        path: The file.
-        key_names: Where a line has the question's id and its text.
-    """
-
-    def __init__(self, path: str, key_names: tuple[str, str]) -> None:
-        self.path = Path(path).expanduser()
-        self._id_name, self._text_name = key_names
-        self._file = None
-
-    def open(self, questions: Sequence[Question], record: RunRecord, resume: bool) -> set[int]:
-        """Start or continue the file; returns the indices of questions that already have an answer.
-
-        A last line that a killed run left half-written is cut off.
-
-        Raises:
-            ValueError: With `resume`, the file belongs to other settings or to other questions.
-        """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        done: set[int] = set()
-        if resume and self.path.is_file() and self.path.stat().st_size > 0:
-            record.continue_from(self.path)
-            done = self._repair(questions)
-        self._file = self.path.open("a" if done else "w", encoding="utf-8")
-        record.save()
-        return done
-
-    def append(self, row: dict[str, Any]) -> None:
-        """Write one line and hand it to the operating system, so that a killed process loses nothing written."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Write everything out to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-    def put_in_order(self, questions: Sequence[Question]) -> None:
-        """Sort the finished file into question order."""
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        place = {_question_key(question): index for index, question in enumerate(questions)}
-        order = [place[self._key(json.loads(line))] for line in lines]
-        if order != sorted(order):
-            write_text_atomic(self.path, "".join(line for _, line in sorted(zip(order, lines, strict=True))))
-
-    def _key(self, row: dict[str, Any]) -> str:
-        """What identifies an answer: id, prompt and (MMBench) round. Question ids alone repeat in TextVQA."""
-        return json.dumps([row.get(self._id_name), row.get(self._text_name), row.get("round_id")])
-
-    def _repair(self, questions: Sequence[Question]) -> set[int]:
-        place = {_question_key(question): index for index, question in enumerate(questions)}
-        kept, done = [], set()
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            try:
-                row = json.loads(line)
-                whole = line.endswith("\n")
-            except json.JSONDecodeError as error:
-                if number == len(lines):
-                    break
-                raise ValueError(
-                    f"{self.path} line {number} is not JSON: {error}; remove the line and resume"
-                ) from None
-            if not whole:
-                break
-            index = place.get(self._key(row))
-            if index is None:
-                raise ValueError(
-                    f"{self.path} line {number} answers question {row.get(self._id_name)!r}, which is not among the "
-                    "questions of this run; give another --answers-file, or leave out --resume to start anew"
-                )
-            if index not in done:
-                kept.append(line)
-                done.add(index)
-        write_text_atomic(self.path, "".join(kept))
-        return done
-
-
-def merge_chunks(paths: Sequence[str | Path], target: str | Path) -> None:
-    """Join the answers and run records of all shards, in shard order, into one file.
+        paths: Answers files of the chunks, in any order.
+        target: Where the joined answers go. An earlier join of the same settings is replaced.
+        overwrite: Replace any other answers that are there, too.
 
     Raises:
-        ValueError: A shard that is missing or not finished.
+        ValueError: A chunk that is missing, not finished, there twice or of another run; or answers that would be lost.
+        OSError: The target cannot be written, or another run is writing it.
     """
-    records = [RunRecord.read_finished(path) for path in paths]
-    text = "".join(Path(path).read_text(encoding="utf-8") for path in paths)
-    write_text_atomic(target, text)
-    RunRecord.joined(records, target).save()
+    refuse_inputs(written_files(target), [name for path in paths for name in (path, RunRecord.path_for(path))])
+    chunks = sorted(((RunRecord.read_finished(path), Path(path)) for path in paths), key=lambda one: one[0].chunk)
+    record = RunRecord.joined([one for one, _ in chunks], target)
+    text = "".join(_whole_chunk(path, chunk) for chunk, path in chunks)
+    path = Path(os.path.realpath(Path(target).expanduser()))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path):
+            if not overwrite and path.is_file() and path.stat().st_size > 0:
+                _refuse_other_answers(target, record)
+            write_text_atomic(path, text)
+            record.save()
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise unwritable(Path(target), error) from error
+
+
+def _whole_chunk(path: Path, record: RunRecord) -> str:
+    """The answers of a chunk, as many as its record has questions that did not fail."""
+    text = path.expanduser().read_text(encoding="utf-8")
+    answers, failures = text.count("\n"), len(record.failures)
+    if answers + failures != record.questions or (text and not text.endswith("\n")):
+        raise ValueError(
+            f"{path} has {answers} answers and {failures} failures for {record.questions} questions; run its chunk "
+            "with --resume"
+        )
+    return text
+
+
+def _refuse_other_answers(target: str | Path, joined: RunRecord) -> None:
+    path = RunRecord.path_for(target)
+    if not path.is_file() or RunRecord.read(target).digest != joined.digest:
+        raise ValueError(
+            f"{target} holds answers of another run; replace them with --overwrite, or give another --answers-file"
+        )
 
 
 def rank_options(options: RunOptions, chunks_given: bool) -> RunOptions:
@@ -346,10 +360,13 @@ def rank_options(options: RunOptions, chunks_given: bool) -> RunOptions:
     if chunks_given or world == 1:
         return options
     rank = int(os.environ["RANK"])
-    path = Path(options.answers_file)
     return replace(
-        options, num_chunks=world, chunk_idx=rank, answers_file=str(path.with_name(f"{path.stem}.{world}_{rank}.jsonl"))
+        options, num_chunks=world, chunk_idx=rank, answers_file=_rank_file(options.answers_file, world, rank)
     )
+
+
+def _rank_file(answers_file: str, world: int, rank: int) -> str:
+    return str(beside(answers_file, f".{world}_{rank}.jsonl"))
 
 
 def merge_ranks(options: RunOptions, answers_file: str) -> None:
@@ -360,8 +377,8 @@ def merge_ranks(options: RunOptions, answers_file: str) -> None:
         torch.distributed.init_process_group("gloo")
     torch.distributed.barrier()
     if options.chunk_idx == 0:
-        stem = Path(answers_file)
         world = options.num_chunks
-        merge_chunks([stem.with_name(f"{stem.stem}.{world}_{rank}.jsonl") for rank in range(world)], answers_file)
+        parts = [_rank_file(answers_file, world, rank) for rank in range(world)]
+        merge_chunks(parts, answers_file, overwrite=options.overwrite)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

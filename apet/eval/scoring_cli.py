@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 
 from apet.eval.benchmarks.base import Score, Submission
-from apet.eval.benchmarks.files import DUPLICATE_RULES, PathLike
+from apet.eval.benchmarks.files import DUPLICATE_RULES, PathLike, refuse_inputs
+
+# Arguments, in any program, that name a file to be written.
+_OUTPUTS = ("output_json", "output_file", "output_result", "result_upload_file", "dst", "out", "json", "markdown")
+
+# What the user can mend: a bad value or file, a package that is not installed, something a model cannot do.
+USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,14 +48,26 @@ def add_score_flags(parser: Parser) -> None:
 
 
 def run(parser: Parser, action: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
-    """Parse and run; what the user can mend (bad value, bad file) becomes one line on stderr and exit status 1."""
+    """Parse and run; what the user can mend (`USER_ERRORS`) becomes one line on stderr and exit status 1."""
     args = parser.parse_args(argv)
     try:
+        _refuse_overwriting(args)
         action(args)
-    except (ValueError, OSError) as error:
+    except USER_ERRORS as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped", file=sys.stderr)
+        return 130
     return 0
+
+
+def _refuse_overwriting(args: argparse.Namespace) -> None:
+    """Raise ValueError where a file that is to be written is named by another argument too."""
+    given = {name: value if isinstance(value, list) else [value] for name, value in vars(args).items()}
+    words = [word for name, values in given.items() if name not in _OUTPUTS for word in values]
+    files = [word for word in words if isinstance(word, str) and os.path.isfile(os.path.expanduser(word))]
+    refuse_inputs([value for name in _OUTPUTS for value in given.get(name, []) if isinstance(value, str)], files)
 
 
 def publish(score: Score, output_json: str | None) -> None:

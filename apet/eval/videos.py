@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from apet.eval.images import ImageError
+from apet.eval.images import ImageError, shown
 
 # In the order in which they are looked for.
 EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv")
@@ -42,7 +42,7 @@ def find_video(path: str | Path) -> Path:
     for candidate in (path, *(path.with_name(path.name + extension) for extension in EXTENSIONS)):
         if candidate.is_file():
             return candidate
-    raise ImageError(f"video file {path} does not exist, nor with {' '.join(EXTENSIONS)}")
+    raise ImageError(f"video file {shown(path)} does not exist, nor with {' '.join(EXTENSIONS)}")
 
 
 def frame_indices(total: int, count: int) -> np.ndarray:
@@ -63,8 +63,13 @@ def read_clip(path: str | Path, count: int) -> Clip:
     """
     if importlib.util.find_spec("av") is None:
         raise ImportError("video files are decoded with PyAV; install it: pip install av")
-    file = find_video(path)
-    return _read(file, count, file.stat().st_mtime_ns)
+    try:
+        file = find_video(path)
+        return _read(file, count, file.stat().st_mtime_ns)
+    except ImageError:
+        raise
+    except Exception as error:  # decoders meet broken files with whatever their code runs into
+        raise ImageError(f"video file {shown(path)} cannot be decoded: {' '.join(str(error).split())}") from None
 
 
 @lru_cache(maxsize=4)

@@ -5,6 +5,7 @@ from typing import Any
 
 from apet.methods.base import get_method
 
+_LARGEST = 10**9
 _WORDS = {"true": True, "false": False, "none": None}
 
 
@@ -47,6 +48,8 @@ def _value(text: str) -> Any:
 def _checked(text: str, field: str, value: Any, hint: Any) -> Any:
     """The value as its field's type."""
     allowed = typing.get_args(hint) or (hint,)
+    if isinstance(value, int | float) and not -_LARGEST <= value <= _LARGEST:  # NaN compares false too
+        raise ValueError(f"method {text!r}: {field} is {str(value)[:20]}, expected a number of at most {_LARGEST:,}")
     if type(value) in allowed:
         return value
     if value is False and (int in allowed or float in allowed):

@@ -14,9 +14,9 @@ import apet
 from apet.compare.plan import parse_methods
 from apet.config import ApetConfig
 from apet.eval.benchmarks import Question
-from apet.eval.benchmarks.files import replacing
+from apet.eval.benchmarks.files import replacing, user_path
 from apet.eval.cli import add_compression_flags, config_from_flags
-from apet.eval.images import ImageError, open_images
+from apet.eval.images import open_images
 from apet.eval.loader import LoadedModel, add_loader_flag, run_program
 from apet.eval.scoring_cli import Parser
 from apet.methods import get_method, parse_method
@@ -48,14 +48,11 @@ def visualise(args: argparse.Namespace, loader: ModuleType) -> None:
     """Answer once per method, draw, and write the picture and its data.
 
     Raises:
-        ValueError: An image that cannot be read, or no method that can run with these budgets.
+        ValueError: An image that cannot be read (`ImageError`), or no method that can run with these budgets.
     """
     methods = parse_methods(args.methods or args.method)
     question = Question(0, args.question, args.question, args.image)
-    try:
-        images = open_images(question, "")
-    except ImageError as error:
-        raise ValueError(str(error)) from None
+    images = open_images(question, "")
     loaded: LoadedModel = loader.load(args)
     traces, image, refused = [], None, []
     for method in methods:
@@ -68,7 +65,7 @@ def visualise(args: argparse.Namespace, loader: ModuleType) -> None:
         raise ValueError("; ".join(refused))
     for line in refused:
         print(f"left out {line}", file=sys.stderr)
-    out = Path(args.out or f"{Path(args.image).stem}.vis.png").expanduser()
+    out = user_path(args.out or f"{Path(args.image).stem}.vis.png")
     _write(out, image, loaded.grid, traces, args.question)
     print(f"{out}\n{out.with_suffix('.npz')}")
 

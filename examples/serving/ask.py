@@ -4,11 +4,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from PIL import Image
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # a checkout that is not installed
 
 from apet.eval.endpoint import Endpoint
+from apet.eval.images import open_file
 from apet.eval.server import conversation, picture_url, server_settings
 
 
@@ -20,8 +19,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--question", default="What shape is in the image?\nAnswer the question using a single word.")
     args = parser.parse_args(argv)
     server = Endpoint(args.server)
-    with Image.open(args.image) as image:
-        messages = conversation(args.question, [picture_url(image.convert("RGB"))])
+    messages = conversation(args.question, [picture_url(open_file(args.image))])
     answer = server.complete(messages, model=server.model_id(), stream=True, temperature=0, max_tokens=32)
     settings = server_settings(server) or {}
     print(f"answer: {answer.text.strip()}")

@@ -1,5 +1,6 @@
 """LLaVA behind the runner: vicuna-style prompts, LLaVA's image preparation, batched generation."""
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
@@ -7,15 +8,18 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
 
 import apet
 from apet.adapters import host
 from apet.eval.answerer import Answer
 from apet.eval.benchmarks import Question
-from apet.eval.images import Pictures
+from apet.eval.images import ImageError, Pictures
+from apet.eval.prompts import Context, around_images
+from apet.eval.sampling import QuestionSampling, draw_key, draw_seed
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import new_conversation
+from llava.eval.lengths import context_of, crops_of, room_of_prompt
 from llava.eval.tower_features import TowerFeatures
 from llava.eval.weights import weights_fingerprint
 from llava.mm_utils import process_images, tokenizer_image_token
@@ -32,12 +36,16 @@ class PreparedQuestion:
         pixels: (3, H, W) or (crops, 3, H, W); None without an image, or where its features are known.
         image_size: Original (width, height), None without pixels.
         path: The image file, None if there is none.
+        room: Tokens that the model's context leaves for the answer; None if it does not say.
+        draw: What sets the question's random draws apart (`apet.eval.sampling.draw_key`).
     """
 
     input_ids: Tensor
     pixels: Tensor | None
     image_size: tuple[int, int] | None
     path: str | None = None
+    room: int | None = None
+    draw: str = ""
 
     @property
     def has_image(self) -> bool:
@@ -55,6 +63,8 @@ class LlavaPreparer:
         config: Model config (`image_aspect_ratio`, `mm_use_im_start_end`, ...).
         conv_mode: Key of `llava.conversation.conv_templates`.
         known: Image files that need not be opened, because the answerer has their features.
+        compression: What shortens prompts before they are held against the context.
+        context: How long prompts may be.
         videos: Whether questions may be about videos.
     """
 
@@ -63,31 +73,47 @@ class LlavaPreparer:
     config: Any
     conv_mode: str
     known: Container[str] = frozenset()
+    compression: apet.ApetConfig = apet.ApetConfig()
+    context: Context = Context()
     videos: ClassVar[bool] = False
 
     def render(self, question: Question) -> str:
-        """The prompt text, one user turn and an open assistant turn."""
-        text = question.prompt
-        if question.image is not None or question.image_base64 is not None:
-            image = DEFAULT_IMAGE_TOKEN
-            if getattr(self.config, "mm_use_im_start_end", False):
-                image = DEFAULT_IM_START_TOKEN + image + DEFAULT_IM_END_TOKEN
-            text = f"{image}\n{text}"
+        """The prompt text, one user turn and an open assistant turn.
+
+        The image stands where the question's text has `<image>`, or in front of it.
+
+        Raises:
+            PromptError: Markers in the text, but not one per image.
+        """
+        images = int(question.image is not None or question.image_base64 is not None)
+        text = place_images(question.prompt, images, getattr(self.config, "mm_use_im_start_end", False))
         conversation = new_conversation(self.conv_mode)
         conversation.append_message(conversation.roles[0], text)
         conversation.append_message(conversation.roles[1], None)
         return conversation.get_prompt()
 
     def prepare(self, question: Question, images: Sequence[Image]) -> PreparedQuestion:
-        """Ids and pixels of a question."""
-        ids = self.input_ids(question)
+        """Ids and pixels of a question.
+
+        Raises:
+            ImageError: A picture that cannot be opened or prepared, or a prompt that the model cannot be asked.
+        """
+        ids, draw = self.input_ids(question), draw_key(question)
         if not images:
-            return PreparedQuestion(ids, None, None)
+            return PreparedQuestion(ids, None, None, room=self._room(ids), draw=draw)
         path = images.path if isinstance(images, Pictures) else None
         if path in self.known:
-            return PreparedQuestion(ids, None, None, path)
-        pixels = process_images(list(images), self.image_processor, self.config)[0]
-        return PreparedQuestion(ids, pixels, images[0].size, path)
+            # Features are kept for single crops only.
+            return PreparedQuestion(ids, None, None, path, self._room(ids, ((1, 1), 1)), draw)
+        size = images[0].size
+        try:
+            pixels = process_images(list(images), self.image_processor, self.config)[0]
+        except (ValueError, MemoryError) as error:
+            raise ImageError(f"the image of question {question.question_id!r} cannot be prepared: {error}") from error
+        return PreparedQuestion(ids, pixels, size, path, self._room(ids, (size, crops_of(pixels))), draw)
+
+    def _room(self, ids: Tensor, *images: tuple[tuple[int, int], int]) -> int | None:
+        return room_of_prompt(self.context, self.config, self.compression, ids, images)
 
     def input_ids(self, question: Question) -> Tensor:
         """(L,) int64 ids of the prompt, -200 for the image."""
@@ -105,10 +131,13 @@ class GenerationSettings:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"--temperature {self.temperature} must not be negative")
-        if self.num_beams < 1 or self.max_new_tokens < 1:
-            raise ValueError("--num_beams and --max_new_tokens must be at least 1")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(f"--temperature {self.temperature} must be a number of at least 0; 0 is greedy")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"--top_p {self.top_p} must be a number above 0 and at most 1")
+        for name in ("num_beams", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
         if self.compile and self.num_beams > 1:
             raise ValueError(f"--compile does not go with --num_beams {self.num_beams}; leave one of them out")
 
@@ -118,9 +147,41 @@ class GenerationSettings:
         chosen = sampling if self.temperature > 0 else {"do_sample": False}
         return {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens, "use_cache": True, **chosen}
 
+    def draws(self, seed: int, draws: Sequence[str], stored: GenerationConfig) -> dict[str, Any]:
+        """Arguments of `generate`, over `kwargs`, that let every row draw by itself; none where nothing is drawn.
+
+        Args:
+            seed: Of the run.
+            draws: What sets each row apart (`apet.eval.sampling.draw_key`).
+            stored: The checkpoint's defaults.
+
+        Raises:
+            ValueError: Several questions at a time with beams.
+        """
+        if self.temperature == 0:
+            return {}
+        seeds = [draw_seed(seed, draw) for draw in draws]
+        if self.num_beams > 1:
+            self.check_batch(len(draws))
+            torch.manual_seed(seeds[0])  # transformers draws beams from the global generator
+            return {}
+        noise = QuestionSampling(seeds, self.temperature, self.top_p, stored)
+        greedy = {"do_sample": False, "temperature": None, "top_p": None}
+        return greedy | {"logits_processor": LogitsProcessorList([noise])}
+
+    def check_batch(self, size: int | str) -> None:
+        """Raise ValueError for batches in which the draws of a question would depend on the others."""
+        if self.temperature > 0 and self.num_beams > 1 and size != 1:
+            raise ValueError(
+                f"--num_beams {self.num_beams} with --temperature {self.temperature} draws one question at a time; "
+                "give --batch_size 1, or --temperature 0"
+            )
+
     def record(self) -> dict[str, Any]:
         """The settings as a run record has them. Runs from before there was a choice are runs without compilation."""
-        return {name: value for name, value in vars(self).items() if name != "compile" or value}
+        settings = {name: value for name, value in vars(self).items() if name != "compile" or value}
+        # Answers from before that were drawn in another way are not continued.
+        return settings if self.temperature == 0 else settings | {"draws": "by question"}
 
 
 class LlavaAnswerer:
@@ -149,7 +210,8 @@ class LlavaAnswerer:
         new_tokens: int | None = None,
     ) -> None:
         self.model = apet.apply_patch(model, config)
-        self.preparer = preparer if features is None else replace(preparer, known=features.known)
+        known = preparer.known if features is None else features.known
+        self.preparer = replace(preparer, known=known, compression=config, context=context_of(model.config))
         self.model_id = model_id
         self.device = str(model.device)
         self._generation, self._config, self._path, self._features = generation, config, model_path, features
@@ -164,14 +226,16 @@ class LlavaAnswerer:
         prepared = self._compiled.filled_up(prepared) if self._compiled else prepared
         ids, mask = _left_pad([one.input_ids for one in prepared], self._pad_id)
         upload = Upload(self.model.device)
-        has_image = tuple(one.has_image for one in prepared[:count])
+        has_image, draws = tuple(one.has_image for one in prepared[:count]), tuple(one.draw for one in prepared)
+        rooms = tuple(one.room for one in prepared[:count])
         if self._features is not None and any(has_image):
-            return LoadedQuestions(upload(ids), upload(mask), None, None, has_image, upload, tuple(prepared))
+            looked_up = tuple(prepared)
+            return LoadedQuestions(upload(ids), upload(mask), None, None, has_image, rooms, upload, draws, looked_up)
         pixels, sizes = self._pixels(prepared)
         images = [upload(one, self.model.dtype) for one in pixels] if isinstance(pixels, list) else pixels
         if isinstance(images, Tensor):
             images = upload(images, self.model.dtype)
-        return LoadedQuestions(upload(ids), upload(mask), images, sizes, has_image, upload)
+        return LoadedQuestions(upload(ids), upload(mask), images, sizes, has_image, rooms, upload, draws)
 
     def answer(self, prepared: "Sequence[PreparedQuestion] | LoadedQuestions") -> list[Answer]:
         """Answers of a batch of prepared questions, or of what `load` made of them."""
@@ -183,13 +247,13 @@ class LlavaAnswerer:
             attention_mask=loaded.attention_mask,
             images=images,
             image_sizes=loaded.image_sizes,
-            **self._generate,
+            **self._generate | self._generation.draws(self._config.seed, loaded.draws, self.model.generation_config),
             **(self._compiled.kwargs() if self._compiled else {}),
         )
         if self._compiled:
             self._compiled.answered(len(output))
-        shown_rows = output[: len(loaded.has_image)].tolist()
-        new_ids = [until_end(row, self.model.generation_config) for row in shown_rows]
+        shown_rows = zip(output[: len(loaded.has_image)].tolist(), loaded.rooms, strict=True)
+        new_ids = [until_end(row, self.model.generation_config, room) for row, room in shown_rows]
         texts = self.preparer.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
         visual = apet.last_result(self.model).layer_averaged_tokens[:: self._generation.num_beams][: len(texts)]
         return [
@@ -236,12 +300,34 @@ def model_settings(model: torch.nn.Module, path: str, model_id: str) -> dict[str
     }
 
 
-def until_end(ids: list[int], generation: GenerationConfig) -> list[int]:
-    """Generated ids up to the end token, which counts, without the padding of shorter rows."""
+def until_end(ids: list[int], generation: GenerationConfig, room: int | None = None) -> list[int]:
+    """Generated ids up to the end token, which counts, without the padding of shorter rows.
+
+    Where the model's context ends, after `room` tokens, the answer ends: what follows depends on positions the model
+    was not made for. Rows of a batch end each at their own, so that answers do not depend on the batch.
+    """
     end = generation.eos_token_id
     ends = {end} if isinstance(end, int) else set(end or ())
     stop = next((index for index, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return ids[: stop + 1]
+    return ids[: stop + 1][:room]
+
+
+def place_images(text: str, images: int, start_end: bool) -> str:
+    """The text with an image token for each of its `<image>` markers, or with `images` of them in front.
+
+    Args:
+        text: Of a user turn.
+        images: Pictures it shows.
+        start_end: The checkpoint has marks around image tokens (`mm_use_im_start_end`).
+
+    Raises:
+        PromptError: Markers in the text, but not one per image.
+    """
+    token = DEFAULT_IMAGE_TOKEN
+    if start_end:
+        token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
+    pieces = around_images(text, images)
+    return token.join(pieces) if len(pieces) > 1 else f"{token}\n" * images + text
 
 
 class CompiledDecoding:
@@ -309,7 +395,9 @@ class LoadedQuestions:
         images: (B, 3, H, W), a list with one tensor per row, or None.
         image_sizes: (width, height) per row, or None.
         has_image: Which of the questions have an image. Rows behind them only fill up the batch.
+        rooms: Most tokens of each question's answer, None where the model does not say.
         upload: The copies under way.
+        draws: What sets the random draws of each row apart; rows that fill up the batch too.
         looked_up: Questions whose images are encoded, or their features looked up, when they are answered.
     """
 
@@ -318,7 +406,9 @@ class LoadedQuestions:
     images: Tensor | list[Tensor] | None
     image_sizes: list[tuple[int, int]] | None
     has_image: tuple[bool, ...]
+    rooms: tuple[int | None, ...]
     upload: Upload
+    draws: tuple[str, ...]
     looked_up: tuple[PreparedQuestion, ...] = ()
 
 

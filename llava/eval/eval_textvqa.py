@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from apet.eval.benchmarks.files import user_path
 from apet.eval.benchmarks.textvqa import TextVqa
 from apet.eval.scoring_cli import Parser, add_score_flags, publish, run
 
@@ -23,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _score(args: argparse.Namespace) -> None:
-    files = [Path(args.result_file)] if args.result_file else sorted(Path(args.result_dir).expanduser().glob("*.jsonl"))
+    files = [Path(args.result_file)] if args.result_file else sorted(user_path(args.result_dir).glob("*.jsonl"))
     if not files:
         raise ValueError(f"--result-dir {args.result_dir} has no *.jsonl file")
     if args.output_json and len(files) > 1:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from apet.eval.benchmarks import get_benchmark
 from apet.eval.benchmarks.video_qa import VideoQa
-from apet.eval.endpoint import KEY_VARIABLE, Endpoint
+from apet.eval.endpoint import JUDGE_KEY_VARIABLE, Endpoint
 from apet.eval.judge import judge
 from apet.eval.scoring_cli import Parser, publish, run
 
@@ -31,7 +31,7 @@ def parser() -> Parser:
     flags.add_argument("--pred_path", required=True, help="answers of llava.eval.video_qa")
     flags.add_argument("--benchmark", default="msvd", help="msvd, msrvtt, tgif or activitynet")
     flags.add_argument("--output_json", help="write the score, its details and the per-sample correctness here")
-    flags.add_argument("--judge", metavar="MODEL", help=f"ask this model; its key is in {KEY_VARIABLE}")
+    flags.add_argument("--judge", metavar="MODEL", help=f"ask this model; its key is in {JUDGE_KEY_VARIABLE}")
     flags.add_argument("--api_base", default=os.environ.get(URL_VARIABLE), help=f"its server (default: {URL_VARIABLE})")
     flags.add_argument("--output_dir", help="folder of the judgements, one file each; those that are there are kept")
     flags.add_argument("--num_tasks", type=int, default=8, help="requests under way at a time")
@@ -47,7 +47,7 @@ def _score(args: argparse.Namespace) -> None:
         return
     if not args.api_base or not args.output_dir:
         raise ValueError(f"--judge needs --output_dir, and --api_base or {URL_VARIABLE}")
-    endpoint = Endpoint(args.api_base, concurrency=args.num_tasks)
+    endpoint = Endpoint(args.api_base, concurrency=args.num_tasks, key_variable=JUDGE_KEY_VARIABLE)
     publish(judge(benchmark.name, args.pred_path, args.output_dir, endpoint, args.judge), args.output_json)
 
 

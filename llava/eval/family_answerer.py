@@ -1,7 +1,7 @@
 """The families of `llava.model.processors` behind the runner: their own prompts and processing, batched generation."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from PIL.Image import Image
@@ -11,8 +11,11 @@ import apet
 from apet.eval.answerer import Answer
 from apet.eval.benchmarks import Question
 from apet.eval.images import ImageError
+from apet.eval.prompts import Context, PromptError
+from apet.eval.sampling import draw_key
 from apet.eval.videos import read_clip
 from llava.eval.answerer import CompiledDecoding, GenerationSettings, Upload, model_settings, until_end
+from llava.eval.lengths import context_of
 from llava.model.processors import FamilyProcessor, Inputs
 
 FRAMES = 8
@@ -26,12 +29,16 @@ class FamilyPreparer:
         processor: Of the checkpoint.
         conv_mode: Key of `llava.conversation.conv_templates`, where the checkpoint has no chat template.
         frames: Frames taken from a video.
+        compression: What shortens prompts before they are held against the context.
+        context: How long prompts may be.
         videos: Whether questions may be about videos.
     """
 
     processor: FamilyProcessor
     conv_mode: str
     frames: int = FRAMES
+    compression: apet.ApetConfig = apet.ApetConfig()
+    context: Context = Context()
     videos: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -42,13 +49,22 @@ class FamilyPreparer:
         """Ids and pixels of a question.
 
         Raises:
-            ImageError: A video that cannot be decoded, or a picture whose shape the family refuses.
+            ImageError: A picture or video that cannot be decoded, a picture whose shape the family refuses, or a prompt
+                that the model cannot be asked.
         """
         clip = None if question.video is None else read_clip(images.video, self.frames)
+        pictures = list(images)
         try:
-            return self.processor(question.prompt, list(images), clip, self.conv_mode)
-        except ValueError as error:
+            inputs = self.processor(question.prompt, pictures, clip, self.conv_mode)
+        except PromptError:
+            raise
+        except (ValueError, MemoryError) as error:
             raise ImageError(f"question {question.question_id!r} cannot be prepared: {error}") from error
+        frames = None if clip is None else len(clip.frames)
+        visual = sum(inputs.visual)
+        kept = self.processor.decoder_tokens(self.compression, inputs.visual, frames)
+        room = self.context.room(len(inputs.input_ids) - visual, visual, kept)
+        return replace(inputs, room=room, draw=draw_key(question))
 
     def prompt_length(self, question: Question) -> int:
         """Tokens of a question's prompt, its picture counted as one marker."""
@@ -65,12 +81,16 @@ class LoadedInputs:
     Attributes:
         inputs: What `generate` takes.
         shown: Which rows have a picture.
+        rooms: Most tokens of each answer, None where the model does not say.
         upload: The copies under way.
+        draws: What sets the random draws of each row apart; rows that fill up the batch too.
     """
 
     inputs: Mapping[str, Tensor]
     shown: tuple[bool, ...]
+    rooms: tuple[int | None, ...]
     upload: Upload
+    draws: tuple[str, ...]
 
 
 class FamilyAnswerer:
@@ -97,7 +117,8 @@ class FamilyAnswerer:
         new_tokens: int | None = None,
     ) -> None:
         self.model = apet.apply_patch(model, config)
-        self.preparer, self.model_id = preparer, model_id
+        self.preparer = replace(preparer, compression=config, context=context_of(model.config))
+        self.model_id = model_id
         self.device = str(model.device)
         self._generation, self._config, self._path = generation, config, model_path
         exactly = {} if new_tokens is None else {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
@@ -113,18 +134,21 @@ class FamilyAnswerer:
             name: upload(value, self.model.dtype if name.startswith("pixel_values") else None)
             for name, value in self.preparer.processor.collate(filled).items()
         }
-        return LoadedInputs(inputs, tuple(one.pictures > 0 for one in prepared), upload)
+        shown, rooms = tuple(one.pictures > 0 for one in prepared), tuple(one.room for one in prepared)
+        return LoadedInputs(inputs, shown, rooms, upload, tuple(one.draw for one in filled))
 
     def answer(self, prepared: "Sequence[Inputs] | LoadedInputs") -> list[Answer]:
         """Answers of a batch of prepared questions, or of what `load` made of them."""
         loaded = prepared if isinstance(prepared, LoadedInputs) else self.load(prepared)
         loaded.upload.finish()
         compiled = self._compiled.kwargs() if self._compiled else {}
-        output = self.model.generate(**loaded.inputs, **self._generate, **compiled)
+        draws = self._generation.draws(self._config.seed, loaded.draws, self.model.generation_config)
+        output = self.model.generate(**loaded.inputs, **self._generate | draws, **compiled)
         if self._compiled:
             self._compiled.answered(len(output))
         start = loaded.inputs["input_ids"].shape[1]
-        new_ids = [until_end(row, self.model.generation_config) for row in output[: len(loaded.shown), start:].tolist()]
+        rows = zip(output[: len(loaded.shown), start:].tolist(), loaded.rooms, strict=True)
+        new_ids = [until_end(row, self.model.generation_config, room) for row, room in rows]
         texts = self.preparer.processor.tokenizer.batch_decode(
             new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )

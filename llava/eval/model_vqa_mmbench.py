@@ -2,8 +2,9 @@
 
 import sys
 
+from apet.eval.benchmarks.mmbench import MmBench
 from llava.eval.model_vqa_loader import get_chunk, split_list
-from llava.eval.program import main, question_parser
+from llava.eval.program import main, question_parser, require_benchmark
 
 __all__ = ["get_chunk", "parser", "split_list"]
 
@@ -22,6 +23,7 @@ def parser():
 
 def read(benchmark, args):
     """Questions of the table."""
+    require_benchmark(benchmark, MmBench)
     return benchmark.read(args.question_file, args.lang, args.all_rounds, args.single_pred_prompt)
 
 

@@ -2,8 +2,9 @@
 
 import sys
 
+from apet.eval.benchmarks.scienceqa import ScienceQa
 from llava.eval.model_vqa_loader import get_chunk, split_list
-from llava.eval.program import main, question_parser
+from llava.eval.program import main, question_parser, require_benchmark
 
 __all__ = ["get_chunk", "parser", "split_list"]
 
@@ -21,6 +22,7 @@ def parser():
 
 def read(benchmark, args):
     """Questions of the file."""
+    require_benchmark(benchmark, ScienceQa)
     return benchmark.read(args.question_file, args.single_pred_prompt)
 
 

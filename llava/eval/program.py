@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,11 +12,13 @@ import torch
 
 from apet.eval.answerer import Answerer
 from apet.eval.benchmarks import Benchmark, Question, get_benchmark
+from apet.eval.benchmarks.video_qa import VideoQa
 from apet.eval.cli import add_compression_flags, add_data_flags, add_runner_flags, config_from_flags, run_options
 from apet.eval.endpoint import KEY_VARIABLE, Endpoint
+from apet.eval.interrupts import Interrupted, termination_interrupts
 from apet.eval.run_record import RunRecord
-from apet.eval.runner import merge_ranks, rank_options, run
-from apet.eval.scoring_cli import Parser
+from apet.eval.runner import check, merge_ranks, rank_options, run
+from apet.eval.scoring_cli import USER_ERRORS, Parser
 from apet.eval.server import ServerAnswerer
 from llava.conversation import new_conversation, plain_conv_mode
 from llava.eval.answerer import GenerationSettings, LlavaAnswerer, LlavaPreparer
@@ -82,6 +85,12 @@ def add_server_flags(parser: Parser) -> None:
     )
     group.add_argument("--server_model", type=str, default=None, help="which of its models, if it serves several")
     group.add_argument("--concurrency", type=int, default=8, help="requests under way at a time")
+    group.add_argument(
+        "--allow-outside-pictures",
+        action="store_true",
+        help="send the server pictures outside --image-folder too, which a question file names by .., an absolute path "
+        "or a link",
+    )
 
 
 def main(
@@ -92,21 +101,30 @@ def main(
 ) -> int:
     """Parse, answer, report. Returns the exit status; what the user can mend is one line, not a traceback.
 
+    Ctrl-C and SIGTERM end it with one line that says how to go on, and status 130 or 143.
+
     Args:
         parser: From `question_parser`.
         argv: Arguments, None for the command line's.
         read: (benchmark, args) -> questions, where reading depends on flags.
         complete: Fills in arguments that follow from others.
     """
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("transformers", "httpx", "accelerate", "PIL"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    words = sys.argv[1:] if argv is None else argv
     try:
-        if complete is not None:
-            complete(args)
-        return _answer(parser, args, read)
-    except (ValueError, OSError, ImportError, NotImplementedError) as error:
+        with termination_interrupts():
+            args = parser.parse_args(words)
+            logging.basicConfig(level=logging.INFO, format="%(message)s")
+            for noisy in ("transformers", "httpx", "accelerate", "PIL"):
+                logging.getLogger(noisy).setLevel(logging.WARNING)
+            if complete is not None:
+                complete(args)
+            return _answer(parser, args, read)
+    except KeyboardInterrupt as stop:
+        flag = stop.flag if isinstance(stop, Interrupted) else "--overwrite" if "--overwrite" in words else "--resume"
+        again = shlex.join([*(word for word in words if word not in ("--resume", "--overwrite")), flag])
+        print(f"{parser.prog}: stopped; this goes on from here: {parser.prog} {again}", file=sys.stderr)
+        return 128 + Interrupted.signal_of(stop)
+    except USER_ERRORS as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
 
@@ -114,7 +132,7 @@ def main(
 def load_answerer(args: argparse.Namespace, conv_mode: str, frames: int = FRAMES) -> LlavaAnswerer | FamilyAnswerer:
     """Model, preparer and settings of parsed flags; `frames` are taken from a video."""
     config = config_from_flags(args)
-    generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.compile)
+    generation = _generation(args)
     tokenizer, model, processor = load_model(args)
     name = get_model_name_from_path(args.model_path)
     if isinstance(processor, FamilyProcessor):
@@ -155,22 +173,43 @@ def load_model(args: argparse.Namespace) -> tuple:
 def _answer(parser: Parser, args: argparse.Namespace, read: Callable[..., list[Question]] | None) -> int:
     if args.server is not None:
         _refuse_local_flags(parser, args)
+    elif args.allow_outside_pictures:
+        raise ValueError("--allow-outside-pictures is about what is sent to a --server; leave it out without one")
     config_from_flags(args)
-    wanted = run_options(args)
+    _generation(args).check_batch(args.batch_size if args.server is None else 1)
+    answer_file = getattr(args, "gt_file_answers", None)  # of questions about videos
+    wanted = run_options(args, () if answer_file is None else (answer_file,))
     if args.server is not None:
+        if args.concurrency < 1:
+            raise ValueError(f"--concurrency {args.concurrency} must be at least 1")
         # The server forms its own batches; ours only keep it busy: while the last answers of one come, others wait.
         wanted = replace(wanted, batch_size=4 * args.concurrency)
     options = rank_options(wanted, args.chunks_given)
     benchmark: Benchmark = get_benchmark(args.benchmark)
-    questions = benchmark.read(args.question_file) if read is None else read(benchmark, args)
+    questions = (read or _read)(benchmark, args)
+    check(benchmark, options, questions)
     answerer = _local_answerer(args) if args.server is None else _server_answerer(args)
     if any(question.video is not None for question in questions) and not answerer.preparer.videos:
         raise ValueError(f"{answerer.model_id} takes no videos here; name a checkpoint of a family that does")
-    torch.manual_seed(args.seed)
     record = run(benchmark, answerer, options, questions)
     merge_ranks(options, wanted.answers_file)
     _print_summary(record, wanted.answers_file)
     return 0
+
+
+def _read(benchmark: Benchmark, args: argparse.Namespace) -> list[Question]:
+    if isinstance(benchmark, VideoQa):
+        raise ValueError(f"--benchmark {benchmark.name} is about videos; answer it with llava.eval.video_qa")
+    return benchmark.read(args.question_file)
+
+
+def require_benchmark(benchmark: Benchmark, kind: type[Benchmark]) -> None:
+    """Raise ValueError where a program that reads the files of one kind of benchmark is asked for another."""
+    if not isinstance(benchmark, kind):
+        raise ValueError(
+            f"--benchmark {benchmark.name} has other question files than this program reads, those of {kind.name}; "
+            "answer it with llava.eval.model_vqa_loader"
+        )
 
 
 def _local_answerer(args: argparse.Namespace) -> Answerer:
@@ -179,14 +218,19 @@ def _local_answerer(args: argparse.Namespace) -> Answerer:
     return load_answerer(args, conv_mode, getattr(args, "num_frames", FRAMES))
 
 
+def _generation(args: argparse.Namespace) -> GenerationSettings:
+    return GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.compile)
+
+
 def _server_answerer(args: argparse.Namespace) -> Answerer:
-    generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.compile)
+    generation = _generation(args)
     decoding = {"temperature": generation.temperature, "max_tokens": generation.max_new_tokens}
     if generation.temperature > 0:
         decoding["seed"] = args.seed
         if generation.top_p is not None:
             decoding["top_p"] = generation.top_p
-    return ServerAnswerer(Endpoint(args.server, concurrency=args.concurrency), decoding, args.server_model)
+    folder = None if args.allow_outside_pictures else args.image_folder
+    return ServerAnswerer(Endpoint(args.server, concurrency=args.concurrency), decoding, args.server_model, folder)
 
 
 def _refuse_local_flags(parser: Parser, args: argparse.Namespace) -> None:

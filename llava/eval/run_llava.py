@@ -6,9 +6,9 @@ Other tools call `eval_model`.
 import argparse
 import sys
 from collections.abc import Sequence
+from http.client import HTTPException
 from io import BytesIO
 from types import SimpleNamespace
-from urllib.error import URLError
 from urllib.request import urlopen
 
 import torch
@@ -17,16 +17,13 @@ from PIL import Image
 import apet
 from apet.eval.benchmarks import Question
 from apet.eval.cli import add_compression_flags, config_from_flags
+from apet.eval.images import ImageError, open_file, open_picture
 from apet.eval.scoring_cli import Parser, run
-from llava.constants import (
-    DEFAULT_IM_END_TOKEN,
-    DEFAULT_IM_START_TOKEN,
-    DEFAULT_IMAGE_TOKEN,
-    IMAGE_PLACEHOLDER,
-)
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import new_conversation, resolve_conv_mode
-from llava.eval.answerer import GenerationSettings
+from llava.eval.answerer import GenerationSettings, place_images
 from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
+from llava.eval.lengths import context_of, crops_of, room_of_prompt
 from llava.eval.program import add_model_flags, load_model
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.processors import FamilyProcessor
@@ -35,7 +32,13 @@ _TIMEOUT_S = 30.0
 
 
 def image_parser(args) -> list[str]:
-    """Image names of an args object: `image_file` split at `sep`."""
+    """Image names of an args object: `image_file` split at `sep`.
+
+    Raises:
+        ValueError: An empty `sep`.
+    """
+    if not args.sep:
+        raise ValueError("--sep '' cannot separate image files; leave it out for a comma")
     return args.image_file.split(args.sep)
 
 
@@ -43,16 +46,16 @@ def load_image(image_file: str) -> Image.Image:
     """An RGB image from a path or an http(s) address.
 
     Raises:
-        ValueError: It cannot be fetched, found or decoded.
+        ImageError: It cannot be fetched, found or decoded.
     """
+    if not image_file.startswith(("http://", "https://")):
+        return open_file(image_file)
     try:
-        if image_file.startswith(("http://", "https://")):
-            with urlopen(image_file, timeout=_TIMEOUT_S) as response:
-                return Image.open(BytesIO(response.read())).convert("RGB")
-        with Image.open(image_file) as image:
-            return image.convert("RGB")
-    except (OSError, URLError) as error:
-        raise ValueError(f"image {image_file} cannot be opened: {error}") from None
+        with urlopen(image_file, timeout=_TIMEOUT_S) as response:
+            content = response.read()
+    except (OSError, HTTPException, ValueError) as error:
+        raise ImageError(f"image {image_file} cannot be fetched: {error}") from None
+    return open_picture(BytesIO(content), f"image {image_file}")
 
 
 def load_images(image_files: Sequence[str]) -> list[Image.Image]:
@@ -61,13 +64,12 @@ def load_images(image_files: Sequence[str]) -> list[Image.Image]:
 
 
 def insert_images(query: str, count: int, start_end: bool) -> str:
-    """The query with an image token for every `<image-placeholder>`, or with `count` of them in front."""
-    token = DEFAULT_IMAGE_TOKEN
-    if start_end:
-        token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
-    if IMAGE_PLACEHOLDER in query:
-        return query.replace(IMAGE_PLACEHOLDER, token)
-    return f"{token}\n" * count + query
+    """The query with an image token for every `<image-placeholder>` or `<image>`, or with `count` of them in front.
+
+    Raises:
+        PromptError: The query has other than `count` of them.
+    """
+    return place_images(query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN), count, start_end)
 
 
 def eval_model(args) -> str:
@@ -87,7 +89,8 @@ def eval_model(args) -> str:
     if isinstance(image_processor, FamilyProcessor):
         preparer = FamilyPreparer(image_processor, args.conv_mode or "llava_v1")
         answerer = FamilyAnswerer(model, preparer, generation, config, name, args.model_path)
-        (given,) = answerer.answer([preparer.prepare(Question(0, args.query, args.query), images)])
+        text = args.query.replace(IMAGE_PLACEHOLDER, DEFAULT_IMAGE_TOKEN)
+        (given,) = answerer.answer([answerer.preparer.prepare(Question(0, text, text), images)])
         print(given.text)
         return given.text
 
@@ -96,13 +99,14 @@ def eval_model(args) -> str:
     conversation.append_message(conversation.roles[1], None)
     ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt").unsqueeze(0)
     pixels = process_images(images, image_processor, model.config)
+    sizes = [image.size for image in images]
+    shown = [(size, crops_of(one)) for size, one in zip(sizes, pixels, strict=True)]
+    room = room_of_prompt(context_of(model.config), model.config, config, ids[0], shown)
     stacked = isinstance(pixels, torch.Tensor)
     pixels = pixels.to(model.device, model.dtype) if stacked else [one.to(model.device, model.dtype) for one in pixels]
     with apet.patched(model, config):
-        output = model.generate(
-            ids.to(model.device), images=pixels, image_sizes=[image.size for image in images], **generation.kwargs()
-        )
-    answer = tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip()
+        output = model.generate(ids.to(model.device), images=pixels, image_sizes=sizes, **generation.kwargs())
+    answer = tokenizer.decode(output[0][:room], skip_special_tokens=True).strip()
     print(answer)
     return answer
 

@@ -72,7 +72,7 @@ def load_pretrained_model(
 
     Raises:
         FileNotFoundError: The folder, its config.json or its tokenizer is missing.
-        ValueError: A checkpoint that is not supported or whose weights do not fit.
+        ValueError: A checkpoint that is not supported or whose weights do not fit, or a device that is not there.
         ImportError: Quantisation without bitsandbytes.
     """
     options = _placement(device_map, device) | _quantisation(load_8bit, load_4bit) | kwargs
@@ -185,11 +185,24 @@ def _load_language_model(path: str, base: str | None, options: dict[str, Any]) -
 
 
 def _placement(device_map: Any, device: str) -> dict[str, Any]:
+    _check_device(device)
     if device != "cuda":
         return {"device_map": {"": device}}
     if torch.cuda.is_available() or _places(device_map) <= {"cpu", "disk"}:
         return {"device_map": device_map}
     return {"device_map": {"": "cpu"}}
+
+
+def _check_device(device: str) -> None:
+    """Raise ValueError for a device that torch does not know or that is not here; "cuda" stands for a CPU too."""
+    try:
+        usable = device == "cuda" or torch.empty(0, device=device).device.type != "meta"
+    except (RuntimeError, AssertionError, ImportError):  # what torch raises depends on how it was built
+        usable = False
+    if not usable:
+        gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+        known = ", ".join(["cpu", *gpus]) + ("" if gpus else " and no GPU")
+        raise ValueError(f"device {device!r} is not there: torch sees {known}; give another --device")
 
 
 def _places(device_map: Any) -> set[str]:

@@ -8,9 +8,12 @@ from transformers import TextStreamer
 
 import apet
 from apet.eval.cli import add_compression_flags, config_from_flags
+from apet.eval.prompts import PromptError
 from apet.eval.scoring_cli import Parser, run
+from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import new_conversation, resolve_conv_mode
 from llava.eval.answerer import GenerationSettings
+from llava.eval.lengths import context_of, crops_of, room_of_prompt
 from llava.eval.program import add_model_flags, load_model
 from llava.eval.run_llava import insert_images, load_image
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
@@ -41,32 +44,42 @@ def chat(args: argparse.Namespace) -> None:
 
     first = True
     while True:
-        try:
-            text = input(f"{roles[0]}: ")
-        except EOFError:
-            text = ""
+        text = _said(roles[0], int(first), getattr(model.config, "mm_use_im_start_end", False))
         if not text:
             print("exit...")
             return
-        print(f"{roles[1]}: ", end="")
-        if first:
-            text = insert_images(text, 1, getattr(model.config, "mm_use_im_start_end", False))
-            first = False
+        first = False
         conversation.append_message(conversation.roles[0], text)
         conversation.append_message(conversation.roles[1], None)
         prompt = conversation.get_prompt()
-        ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt").unsqueeze(0).to(model.device)
+        ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
+        room_of_prompt(context_of(model.config), model.config, config, ids, [(image.size, crops_of(pixels[0]))])
+        print(f"{roles[1]}: ", end="")
         output = model.generate(
-            ids,
+            ids.unsqueeze(0).to(model.device),
             images=pixels,
             image_sizes=[image.size],
             streamer=_AnswerStreamer(tokenizer, skip_prompt=False, skip_special_tokens=True),
             **generation.kwargs(),
         )
         answer = tokenizer.batch_decode(output, skip_special_tokens=True)[0].strip()
-        conversation.messages[-1][-1] = answer
+        # What a model writes is no place for a picture.
+        conversation.messages[-1][-1] = answer.replace(DEFAULT_IMAGE_TOKEN, "")
         if args.debug:
             print("\n", {"prompt": prompt, "outputs": answer}, "\n")
+
+
+def _said(role: str, images: int, start_end: bool) -> str:
+    """What the user types next, with the image where it has to be shown; "" ends the chat."""
+    while True:
+        try:
+            text = input(f"{role}: ")
+        except EOFError:
+            return ""
+        try:
+            return text and insert_images(text, images, start_end)
+        except PromptError as error:
+            print(error)
 
 
 def parser() -> Parser:

@@ -2,12 +2,15 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
 from fake_endpoint import FakeEndpoint, Reply, message, streamed
 
-from apet.eval.endpoint import KEY_VARIABLE, Endpoint, EndpointError
+from apet.eval.endpoint import JUDGE_KEY_VARIABLE, KEY_VARIABLE, Endpoint, EndpointError
 
 ASK = [{"role": "user", "content": "What?"}]
 
@@ -149,6 +152,52 @@ def test_the_key_comes_from_the_environment_and_shows_nowhere(monkeypatch):
     assert [headers["Authorization"] for _, headers, _ in server.requests] == ["Bearer secret-1", "Bearer secret-2"]
 
 
+@pytest.mark.parametrize(
+    "url", ["http://10.0.0.1:8000", "http://host/v1", "http://127.0.0.1.example.org", "http://127.1"]
+)
+def test_a_key_never_leaves_this_machine_unencrypted(monkeypatch, url):
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    opened = []
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", lambda *args, **kwargs: opened.append(args))
+    with pytest.raises(EndpointError, match=f"the key in {KEY_VARIABLE} would travel unencrypted to {url}") as caught:
+        Endpoint(url, attempts=1).models()
+    assert opened == [] and "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["https://host/v1", "http://localhost:1", "http://127.0.0.9:1", "http://[::1]:1"])
+def test_a_key_is_sent_over_https_and_to_this_machine(monkeypatch, url):
+    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    sent = []
+
+    def opened(self, request, **_):
+        sent.append(request.get_header("Authorization"))
+        raise TimeoutError
+
+    monkeypatch.setattr("urllib.request.OpenerDirector.open", opened)
+    with pytest.raises(EndpointError, match="no answer"):
+        Endpoint(url, attempts=1).models()
+    assert sent == ["Bearer secret"]
+
+
+def test_openai_s_key_goes_to_nobody_who_was_not_named_for_it(monkeypatch):
+    monkeypatch.setenv(JUDGE_KEY_VARIABLE, "secret")
+    with FakeEndpoint(scripted(Reply(body=message("x")))) as server:
+        endpoint(server).complete(ASK, model="tiny")
+        endpoint(server, key_variable=JUDGE_KEY_VARIABLE).complete(ASK, model="tiny")
+    assert [headers.get("Authorization") for _, headers, _ in server.requests] == [None, "Bearer secret"]
+
+
+def test_requests_to_this_machine_take_no_proxy():
+    """A proxy would read the key, and knows another localhost. Openers read the environment when they are made."""
+    code = "import sys; from apet.eval.endpoint import Endpoint; print(Endpoint(sys.argv[1]).model_id())"
+    with FakeEndpoint(scripted(Reply(body=message("x")))) as proxy, FakeEndpoint(echo) as server:
+        proxies = {"http_proxy": proxy.url.removesuffix("/v1"), KEY_VARIABLE: "secret", "no_proxy": ""}
+        command = [sys.executable, "-c", code, server.url]
+        done = subprocess.run(command, env=os.environ | proxies, capture_output=True, text=True, timeout=120)
+        assert done.stdout == "tiny\n" and proxy.requests == []
+        assert server.requests[0][1]["Authorization"] == "Bearer secret"
+
+
 def test_no_key_sends_no_header():
     with FakeEndpoint(scripted(Reply(body=message("x")))) as server:
         endpoint(server).complete(ASK, model="tiny")
@@ -229,6 +278,12 @@ BAD = [
     ({"concurrency": 0}, "concurrency=0 must be at least 1"),
     ({"attempts": 0}, "attempts=0 must be at least 1"),
     ({"timeout": 0}, "timeout=0 must be positive"),
+    ({"timeout": float("nan")}, "timeout=nan must be positive"),
+    ({"first_wait": float("inf")}, "first_wait=inf not negative, both finite"),
+    ({"url": "http://me:pw@host:99999"}, "a user name or password in it must look like http"),
+    ({"url": "http://[::1"}, "must look like http"),
+    ({"url": "http://host:port"}, "must look like http"),
+    ({"url": "http://ho st"}, "must look like http"),
 ]
 
 

@@ -156,10 +156,10 @@ class TestResume:
         answer(data, answerer, resume=True)
         assert not answerer.batches and (data / "answers.jsonl").read_bytes() == before
 
-    def test_without_resume_the_file_starts_anew(self, data):
+    def test_with_overwrite_the_file_starts_anew(self, data):
         self.interrupted(data, 3)
         answerer = ShapeAnswerer()
-        answer(data, answerer)
+        answer(data, answerer, overwrite=True)
         assert sum(answerer.batches) == 10
 
     def test_other_settings_are_refused(self, data):

@@ -40,7 +40,7 @@ def picture_of(body) -> np.ndarray:
 
 
 def text_of(body) -> str:
-    return body["messages"][0]["content"][-1]["text"]
+    return "".join(part.get("text", "") for part in body["messages"][0]["content"])
 
 
 def echo(body) -> Reply:
@@ -130,6 +130,65 @@ def test_flags_that_a_server_would_not_hear_of_are_refused(questions, capsys, fl
     assert flags[0].replace("-", "_") in error.replace("-", "_") and "scripts/serve.sh" in error
 
 
+@pytest.mark.parametrize("named", ["../secret.png", "absolute", "link.png", "folder/link.png"])
+def test_pictures_outside_the_folder_stay_here_unless_allowed(questions, tmp_path_factory, named):
+    outside = tmp_path_factory.mktemp("outside")
+    secret = outside / "secret.png"
+    Image.new("RGB", (3, 3), "red").save(secret)
+    images = questions.parent / "images"
+    images.mkdir()
+    (images / "link.png").symlink_to(secret)
+    (images / "folder").symlink_to(outside)
+    (outside / "link.png").symlink_to(secret)
+    name = {"absolute": str(secret), "../secret.png": f"../../{outside.name}/secret.png"}.get(named, named)
+    Image.new("RGB", (3, 3), "lime").save(images / "in.png")
+    rows_ = [{"question_id": n, "image": image, "text": "?"} for n, image in enumerate((name, "in.png"))]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    with FakeEndpoint(echo) as server:
+        status, answers = ask(server, questions, "--image-folder", str(images), "--on_error", "skip")
+        (sent,) = server.chats()
+        assert status == 0 and picture_of(sent)[0, 0].tolist() == [0, 255, 0]
+        (failure,) = json.loads(answers.with_suffix(".run.json").read_text())["failures"]
+        assert failure["question_id"] == 0 and "--allow-outside-pictures" in failure["error"]
+        answers.unlink()
+        status, answers = ask(server, questions, "--image-folder", str(images), "--allow-outside-pictures")
+    assert status == 0 and len(rows(answers)) == 2
+
+
+def test_a_linked_image_folder_is_the_folder(questions):
+    """Data sets often lie elsewhere as a whole; and a folder may name itself in an absolute path."""
+    link = questions.with_name("linked")
+    link.symlink_to(questions.parent)
+    row = {"question_id": 99, "image": str(questions.with_name("1.png")), "text": "Question?"}
+    questions.write_text(questions.read_text() + json.dumps(row) + "\n")
+    with FakeEndpoint(echo) as server:
+        status, answers = ask(server, questions, "--image-folder", str(link))
+    assert status == 0 and len(rows(answers)) == 10
+
+
+def test_a_picture_is_sent_where_the_text_has_it(questions):
+    texts = ["<image>\nA?", "Is <image> red?", "B?\n<image>"]
+    rows_ = [{"question_id": n, "image": "0.png", "text": text} for n, text in enumerate(texts)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows_))
+    with FakeEndpoint(echo) as server:
+        status, answers = ask(server, questions, "--concurrency", "1")
+    sent = [[part.get("text", "PICTURE") for part in body["messages"][0]["content"]] for body in server.chats()]
+    assert status == 0
+    assert sorted(sent) == [["B?", "PICTURE"], ["Is ", "PICTURE", " red?"], ["PICTURE", "A?"]]  # longest first
+    assert [row["prompt"] for row in rows(answers)] == texts
+
+
+def test_the_server_s_key_is_its_own(questions, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "of OpenAI")
+    with FakeEndpoint(echo) as server:
+        assert ask(server, questions, "--limit", "1")[0] == 0
+        assert not any("Authorization" in headers for _, headers, _ in server.requests)
+        monkeypatch.setenv("APET_API_KEY", "of the server")
+        (questions.with_name("answers.jsonl")).unlink()
+        assert ask(server, questions, "--limit", "1")[0] == 0
+    assert server.requests[-1][1]["Authorization"] == "Bearer of the server"
+
+
 def test_an_unknown_model_and_a_bad_address_are_one_line(questions, capsys):
     with FakeEndpoint(echo) as server:
         assert ask(server, questions, "--server_model", "huge")[0] == 1
@@ -156,6 +215,6 @@ def test_questions_without_a_picture_and_other_programs(tmp_path):
         table.write_text(
             f"index\timage\tquestion\thint\tA\tB\tC\tD\tcategory\tanswer\n7\t{image}\tColour?\tnan\tred\tblue\tnan\tnan\tc\tA\n"
         )
-        status, answers = ask(server, table, program=model_vqa_mmbench)
+        status, answers = ask(server, table, "--overwrite", program=model_vqa_mmbench)
     assert status == 0 and rows(answers)[0]["question_id"] == 7
     assert picture_of(server.chats()[-1]).tolist() == [[[255, 0, 0]] * 3] * 3

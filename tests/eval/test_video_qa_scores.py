@@ -6,7 +6,7 @@ import pytest
 from fake_endpoint import FakeEndpoint, Reply, message
 
 from apet.eval.benchmarks import get_benchmark
-from apet.eval.endpoint import KEY_VARIABLE, Endpoint
+from apet.eval.endpoint import JUDGE_KEY_VARIABLE, KEY_VARIABLE, Endpoint
 from apet.eval.judge import parse_verdict
 from llava.eval import eval_video_qa
 
@@ -136,7 +136,8 @@ def by_prediction(body: dict) -> Reply:
 
 
 def test_score_by_judge(ask_judge, tmp_path, monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, "secret")
+    monkeypatch.setenv(JUDGE_KEY_VARIABLE, "secret")
+    monkeypatch.setenv(KEY_VARIABLE, "of another server")
     with FakeEndpoint(by_prediction) as server:
         status, out, _ = ask_judge(server, "--num_tasks", "2")
     assert status == 0 and "Yes count: 3\nNo count: 1\nAccuracy: 75.00%\nAverage score: 4.000" in out

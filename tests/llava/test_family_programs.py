@@ -16,10 +16,13 @@ from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import apet
+from apet.eval.benchmarks import Question
 from apet.eval.cli import add_compression_flags, config_from_flags
+from apet.eval.prompts import PromptError
 from apet.eval.scoring_cli import Parser
 from llava.eval import apet_loader, eval_pope, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run_llava
-from llava.eval.answerer import CompiledDecoding
+from llava.eval.answerer import CompiledDecoding, GenerationSettings
+from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
 from llava.eval.program import main
 from llava.model.builder import load_pretrained_model
 from llava.model.processors import Limits, load_processor
@@ -191,6 +194,38 @@ def test_qwen_prompt_and_pixels(checkpoint):
     for size, tokens in (((640, 480), 391), ((336, 336), 256), ((1024, 768), 999), ((3000, 2000), 1980)):
         grid = made("?", [picture(0, size)]).tensors["image_grid_thw"]
         assert grid.prod().item() // 4 == tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_picture_stands_where_the_question_has_it(family, checkpoint):
+    processor = load_pretrained_model(str(checkpoint(family)), None, family, device="cpu")[2]
+    marker = processor.marker(False)
+    first, inside = (processor.render(text, 1, False, "llava_v1") for text in ("Is it red?", "Is <image> red?"))
+    assert first.index(marker) < first.index("Is it red?") and first.count(marker) == 1
+    assert inside.index("Is ") < inside.index(marker) < inside.index(" red?") and inside.count(marker) == 1
+    shown = processor("Is <image> red?", [picture(0, (60, 60))], conv_mode="llava_v1")
+    assert (
+        shown.pictures == 1 and shown.visual == processor("Is it?", [picture(0, (60, 60))], conv_mode="llava_v1").visual
+    )
+    with pytest.raises(PromptError, match="2 times for 1 picture"):
+        processor("<image> <image>", [picture(0, (60, 60))], conv_mode="llava_v1")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "video_llava"])
+def test_tokens_of_images_in_the_decoder_are_known_before(family, checkpoint, pope):
+    """What decides whether a prompt fits the context, against what a patched model keeps."""
+    _, model, processor, _ = load_pretrained_model(str(checkpoint(family)), None, family, device="cpu")
+    for config in (apet.ApetConfig(), apet.ApetConfig(image_token_ratio=0.4), apet.ApetConfig(3), apet.ApetConfig(900)):
+        answerer = FamilyAnswerer(
+            model, FamilyPreparer(processor, "llava_v1"), GenerationSettings(max_new_tokens=1), config, family, ""
+        )
+        question = Question(0, "<image> or <image>?", "<image> or <image>?")
+        inputs = answerer.preparer.prepare(question, [picture(0, (64, 48)), picture(1, (120, 60))])
+        answerer.answer([inputs])
+        entered = apet.last_result(model).tokens_per_layer[0][0]
+        text = len(inputs.input_ids) - sum(inputs.visual)
+        assert inputs.room == answerer.preparer.context.positions - text - entered
+        apet.remove_patch(model)
 
 
 def test_a_question_must_not_hold_a_marker(checkpoint):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from apet.eval.runner import merge_chunks
 from llava.eval import model_vqa, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run_llava
 from llava.eval.program import main
 from llava.serve import cli
@@ -115,6 +117,77 @@ def test_chunks_and_resume_give_the_same_answers(questions):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     assert loader(questions, "one.jsonl", *COMPRESSED, "--resume", "--batch_size", "2")[0] == 0
     assert rows(path) == expected
+
+
+class TestSampling:
+    """Later flags win: `loader` gives temperature 0."""
+
+    SAMPLED = ("--temperature", "1", "--top_p", "0.95", "--max_new_tokens", "6", *COMPRESSED)
+
+    @pytest.fixture
+    def repeated(self, questions) -> Path:
+        """Three of the ids are there twice, as in TextVQA."""
+        lines = [json.loads(line) | {"question_id": index % 3} for index, line in enumerate(questions.open())]
+        questions.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return questions
+
+    def test_answers_are_the_same_for_every_batch_worker_chunk_and_resume(self, repeated):
+        status, path = loader(repeated, "one.jsonl", *self.SAMPLED)
+        expected = path.read_bytes()
+        assert status == 0 and len({row["text"] for row in rows(path)}) == 6
+        status, path = loader(repeated, "many.jsonl", *self.SAMPLED, "--batch_size", "4", "--num_workers", "2")
+        assert status == 0 and path.read_bytes() == expected
+        parts = []
+        for index in range(2):
+            flags = ("--num-chunks", "2", "--chunk-idx", str(index), "--batch_size", "2")
+            parts.append(loader(repeated, f"2_{index}.jsonl", *self.SAMPLED, *flags)[1])
+        merge_chunks(parts, repeated.with_name("joined.jsonl"))
+        assert repeated.with_name("joined.jsonl").read_bytes() == expected
+        path.write_bytes(b"".join(expected.splitlines(keepends=True)[1::2]))
+        assert loader(repeated, "many.jsonl", *self.SAMPLED, "--resume", "--batch_size", "3")[0] == 0
+        assert path.read_bytes() == expected
+
+    def test_another_seed_gives_other_answers(self, repeated):
+        texts = [
+            [row["text"] for row in rows(loader(repeated, f"{seed}.jsonl", *self.SAMPLED, "--seed", str(seed))[1])]
+            for seed in (0, 1)
+        ]
+        assert texts[0] != texts[1]
+
+    def test_beams_draw_one_question_at_a_time(self, repeated, capsys):
+        beams = (*self.SAMPLED, "--num_beams", "2")
+        fails(capsys, loader(repeated, "no.jsonl", *beams, "--batch_size", "2")[0], "--num_beams 2", "--batch_size 1")
+        expected = rows(loader(repeated, "one.jsonl", *beams)[1])
+        _, path = loader(repeated, "part.jsonl", *beams, "--limit", "4")
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[1:3]))
+        assert loader(repeated, "part.jsonl", *beams, "--resume")[0] == 0
+        assert rows(path) == expected
+
+
+def test_a_killed_run_of_a_model_goes_on_to_the_same_file(questions):
+    """The real thing once: a checkpoint, two workers, SIGKILL after the first answers."""
+    whole = loader(questions, "one.jsonl", *COMPRESSED)[1].read_bytes()
+    path = questions.with_name("killed.jsonl")
+    flags = ["--model-path", MODEL, "--image-folder", str(TINY / "images"), "--question-file", str(questions)]
+    flags += ["--answers-file", str(path), "--conv-mode", "vicuna_v1", "--temperature", "0", "--device", "cpu"]
+    flags += ["--max_new_tokens", "12", "--num_workers", "2", *COMPRESSED]
+    command = [sys.executable, "-m", "llava.eval.model_vqa_loader", *flags]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(GOLDEN.parents[1]), *sys.path]),
+    }
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (path.exists() and b"\n" in path.read_bytes()):
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    before = path.read_bytes().count(b"\n")
+    assert 0 < before < 6
+    assert loader(questions, "killed.jsonl", *COMPRESSED, "--resume", "--num_workers", "2")[0] == 0
+    assert path.read_bytes() == whole
+    record = json.loads(path.with_suffix(".run.json").read_text())
+    assert record["counts"]["answers"] == record["counts"]["measured"] == 6 and record["status"] == "complete"
 
 
 CHUNKINGS = json.loads((GOLDEN / "llava" / "chunking.json").read_text())["cases"]
@@ -326,6 +399,11 @@ class TestChat:
         assert out.rstrip().endswith("exit...") and out.count("ASSISTANT: ") >= 2
         second = out.split("{'prompt':")[2]
         assert second.count("<image>") == 1 and "<s>" not in second and "</s></s>" not in second
+
+    def test_markers_that_do_not_fit_are_named_and_the_chat_goes_on(self, monkeypatch, capsys):
+        out = self.talk(monkeypatch, capsys, "<image> <image>", "Is <image> red?", "And <image> now?", "And now?", "")
+        assert "<image> 2 times for 1 picture" in out and "<image> 1 times for 0 pictures" in out
+        assert out.count("ASSISTANT: ") == 2 and out.rstrip().endswith("exit...")
 
     def test_end_of_input_ends_the_chat(self, monkeypatch, capsys):
         assert "exit..." in self.talk(monkeypatch, capsys)

@@ -13,12 +13,16 @@ from family_checkpoints import write_checkpoint
 from PIL import Image
 from transformers import AutoConfig
 
-from apet.eval.benchmarks import get_benchmark
-from apet.eval.images import ImageError
+import apet
+from apet.eval.benchmarks import Question, get_benchmark
+from apet.eval.images import ImageError, Pictures
 from apet.eval.runner import merge_chunks
 from apet.eval.videos import Clip, frame_indices, read_clip
 from llava.eval import video_qa
+from llava.eval.answerer import GenerationSettings
+from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
 from llava.eval.program import main
+from llava.model.builder import load_pretrained_model
 from llava.model.processors import Limits, load_processor
 
 TINY = Path(__file__).resolve().parents[1] / "golden/end_to_end/llava-v1.5-tiny"
@@ -98,13 +102,19 @@ def test_any_number_of_frames_of_any_number(tmp_path, count):
         ("x.mp4", lambda path: path.write_text("no video"), "x.mp4 cannot be decoded"),
         ("x.mp4", lambda path: path.write_bytes(b""), "x.mp4 cannot be decoded"),
         ("x.mp4", lambda path: None, "x does not exist"),
+        ("x.mp4", lambda path: path.mkdir(), "x does not exist"),
     ],
-    ids=["cut mp4", "cut avi", "empty avi", "empty mp4", "text", "empty file", "missing"],
+    ids=["cut mp4", "cut avi", "empty avi", "empty mp4", "text", "empty file", "missing", "folder"],
 )
 def test_a_file_that_is_no_video_is_named(tmp_path, name, write, said):
     write(tmp_path / name)
     with pytest.raises(ImageError, match=said):
         read_clip(tmp_path / "x", 4)
+
+
+def test_a_name_no_file_can_have_is_an_image_error(tmp_path):
+    with pytest.raises(ImageError, match="cannot be decoded: .*File name too long"):
+        read_clip(tmp_path / ("x" * 300), 4)
 
 
 def test_a_video_is_decoded_once_for_questions_that_follow_each_other(tmp_path):
@@ -171,11 +181,41 @@ def test_chunks_keep_their_own_answers_and_can_be_resumed(checkpoint, data, tmp_
     assert get_benchmark("msvd").score(pred_path=path).details["unanswered"] == 3
 
 
+def test_the_file_of_right_answers_is_no_place_for_those_of_the_model(data, tmp_path, capsys):
+    before = (data / "test_a.json").read_bytes()
+    for flags in ([], ["--overwrite"]):
+        assert ask(tmp_path / "no_model", data, data, *flags, name="test_a") == 1
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "test_a.json would be written, but it is an input" in line
+    assert (data / "test_a.json").read_bytes() == before
+
+
 def test_workers_decode(checkpoint, data, tmp_path):
     model = checkpoint("internvl")
     assert ask(model, data, tmp_path) == 0
     assert ask(model, data, tmp_path, "--num_workers", "2", name="workers") == 0
     assert rows(tmp_path / "workers.json") == rows(tmp_path / "merge.json")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "video_llava"])
+@pytest.mark.parametrize("per", ["frame", "clip"])
+def test_tokens_of_a_video_in_the_decoder_are_known_before(family, per, checkpoint, data):
+    """What decides whether a prompt fits the context, against what a patched model keeps."""
+    _, model, processor, _ = load_pretrained_model(str(checkpoint(family)), None, family, device="cpu")
+    for config in (
+        apet.ApetConfig(video_token_num=5, video_budget_per=per, basis_token_num=2),
+        apet.ApetConfig(video_token_num=500, video_budget_per=per),
+        apet.ApetConfig(),
+    ):
+        preparer = FamilyPreparer(processor, "llava_v1", 5)
+        answerer = FamilyAnswerer(model, preparer, GenerationSettings(max_new_tokens=1), config, family, "")
+        question = Question(0, "what?", "what?", video="b")
+        inputs = answerer.preparer.prepare(question, Pictures(question, str(data / "videos")))
+        answerer.answer([inputs])
+        entered = apet.last_result(model).tokens_per_layer[0][0]
+        text = len(inputs.input_ids) - sum(inputs.visual)
+        assert inputs.room == answerer.preparer.context.positions - text - entered
+        apet.remove_patch(model)
 
 
 def test_a_bad_video_stops_the_run_if_asked_to(checkpoint, data, tmp_path, capsys):

@@ -284,13 +284,16 @@ def other_settings(folder: Path) -> dict:
     answers = folder / "eval" / GQA_RUN / MODEL.name
     second = run_script("llava1_5/gqa", folder / "eval", "--visual_token_num", "48")
     holder = subprocess.Popen(
-        [sys.executable, "-c", "import fcntl, sys; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX);"
-         "print(flush=True); input()", str(answers / "merge.lock")], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-c", "import sys; from pathlib import Path; from apet.eval.file_lock import FileLock\n"
+         "with FileLock(Path(sys.argv[1])): print(flush=True); input()", str(answers / "merge.jsonl")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
     )  # fmt: skip
     holder.stdout.readline()
     third = run_script("llava1_5/gqa", folder / "eval")
     holder.communicate(b"\n")
-    return {"first": first, "second": second, "third": third}
+    fourth = run_script("llava1_5/gqa", folder / "eval", "--visual_token_num", "48", "--overwrite")
+    record = json.loads((answers / "merge.run.json").read_text())
+    return {"first": first, "second": second, "third": third, "holder": holder.pid, "fourth": fourth, "record": record}
 
 
 @ends_in("other_settings")
@@ -298,7 +301,10 @@ def test_answers_of_other_settings_and_of_a_running_script_are_left_alone(result
     assert result["first"].status == 0
     assert result["second"].status == 1 and "other settings" in result["second"].err
     assert "EXPERIMENT=<name>" in result["second"].err and "Accuracy" not in result["second"].out
-    assert result["third"].status == 1 and "another run is writing these answers" in result["third"].err
+    assert result["third"].status == 1 and "another run is writing" in result["third"].err
+    assert f"process {result['holder']} on " in result["third"].err
+    assert result["fourth"].status == 0 and "Accuracy" in result["fourth"].out, result["fourth"].err
+    assert result["record"]["settings"]["compression"]["visual_token_num"] == 48
 
 
 # --- command lines only -----------------------------------------------------------------------------------------------

@@ -69,13 +69,44 @@ def test_several_gpus(serve, mode):
 
 
 def test_several_hosts(serve):
-    _, first, _ = serve("examples/serving/several_hosts.sh", "data", "first", "2", "8", "10.0.0.1")
-    _, second, _ = serve("examples/serving/several_hosts.sh", "data", "1", "2", "8", "10.0.0.1")
+    script, key = "examples/serving/several_hosts.sh", ("--api-key", "k")
+    _, first, _ = serve(script, "data", "first", "2", "8", "10.0.0.1", *key)
+    _, second, _ = serve(script, "data", "1", "2", "8", "10.0.0.1")
     for words in (first, second):
         sizes = [flag(words, f"--data-parallel-{name}") for name in ("size", "size-local", "address")]
-        assert sizes == ["16", "8", "10.0.0.1"] and flag(words, "--host") == "0.0.0.0"
+        assert sizes == ["16", "8", "10.0.0.1"] and flag(words, "--host") == "10.0.0.1"
+    assert flag(first, "--api-key") == "k"
     assert "--headless" not in first
     assert "--headless" in second and flag(second, "--data-parallel-start-rank") == "8"
+
+
+HOSTS = ("examples/serving/several_hosts.sh", "data", "first", "2", "8", "10.0.0.1")
+
+
+@pytest.mark.parametrize(
+    "words", [(), ("--api-key",), ("--api-key", "--port", "9"), ("--api-key-file", "x")], ids=" ".join
+)
+def test_several_hosts_want_a_key(serve, words):
+    done, passed, _ = serve(*HOSTS, *words)
+    assert done.returncode == 2 and passed is None and "--api-key KEY" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "environment"), [(("--api-key=k",), {}), (("--port", "9"), {"VLLM_API_KEY": "k"})], ids=str
+)
+def test_several_hosts_take_a_key_in_any_way_vllm_does(serve, words, environment):
+    _, passed, _ = serve(*HOSTS, *words, **environment)
+    assert flag(passed, "--host") == "10.0.0.1" and passed[-len(words) :] == list(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "environment"),
+    [((), {"HOST": "0.0.0.0"}), ((), {"HOST": "::"}), (("--host", "0.0.0.0"), {}), (("--host=::",), {})],
+    ids=str,
+)
+def test_several_hosts_listen_on_a_named_address_only(serve, words, environment):
+    done, passed, _ = serve(*HOSTS, "--api-key", "k", *words, **environment)
+    assert done.returncode == 2 and passed is None and "every network" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from apet.eval.benchmarks.files import PathLike, read_jsonl, write_json_atomic
+from apet.eval.benchmarks.files import PathLike, read_jsonl, require_types, write_json_atomic
 
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 OPTION_LETTER = "Answer with the option's letter from the given choices directly."
@@ -29,6 +29,7 @@ class Question:
         image_base64: The encoded image itself, for files that carry their images.
         video: Path of a video below the folder, with or without its extension, or None.
         fields: Further keys of the answer line, in the order in which the line has them.
+        occurrence: How many questions of the file have this id and stand before; the runner counts.
     """
 
     question_id: int | str
@@ -38,6 +39,7 @@ class Question:
     image_base64: str | None = None
     video: str | None = None
     fields: Mapping[str, object] = field(default_factory=dict)
+    occurrence: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,7 @@ class Benchmark:
 
     def question(self, row: Mapping[str, Any], where: str) -> Question:
         """The question of one line; `where` names file and line for errors."""
-        for key, types in (("question_id", (int, str)), ("image", (str,))):
-            # bool is an int to Python, not to this format
-            if not isinstance(row[key], types) or isinstance(row[key], bool):
-                allowed = " or ".join(kind.__name__ for kind in types)
-                raise ValueError(f"{where}: {key!r} is {row[key]!r}, expected {allowed}")
+        require_types(row, {"question_id": (int, str), "image": (str,)}, where)
         return Question(row["question_id"], text=row["text"], prompt=row["text"], image=row["image"])
 
     def answer_line(

@@ -18,20 +18,53 @@ PathLike = str | os.PathLike[str]
 DUPLICATE_RULES = ("error", "last")
 
 
+def user_path(path: PathLike) -> Path:
+    """The path with a leading ~ or ~user replaced; ValueError if there is no such user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path}: there is no user of that name; write the path out") from None
+
+
 def read_text(path: PathLike) -> str:
     """The UTF-8 text of a file (a byte-order mark is dropped); ValueError naming the file if it is not UTF-8."""
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8-sig")
+        return user_path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): is it the right file?") from None
 
 
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: It is broken (`json.JSONDecodeError`), or no text of it could be sent or written: nested too deep,
+            a number too long, half of a surrogate pair.
+    """
+    try:
+        value = json.loads(text)
+        if r"\ud" in text.lower():  # the escape of half a surrogate pair; two of them are a character
+            json.dumps(value, ensure_ascii=False).encode()
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"it holds {error.object[error.start]!r}, which is half a character") from None
+    except ValueError:  # Python converts no longer ones
+        raise ValueError("it holds a number of thousands of digits") from None
+    return value
+
+
 def read_json(path: PathLike) -> Any:
     """The value of a JSON file; ValueError naming file, line and column if it is broken."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
 
 
 def iterate_jsonl(path: PathLike, broken: list[int] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -46,18 +79,20 @@ def iterate_jsonl(path: PathLike, broken: list[int] | None = None) -> Iterator[t
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
             problem = None if isinstance(row, dict) else f"expected a JSON object, got {type(row).__name__}"
         except json.JSONDecodeError as error:
             problem = f"not JSON ({error.msg} at column {error.colno})"
+        except ValueError as error:
+            problem = str(error)
         if problem is None:
             yield number, row
         elif broken is not None:
             broken.append(number)
         else:
             raise ValueError(
-                f"{path} line {number}: {problem}: {_clip(line)}; if a run was interrupted here, delete the line and "
-                "run again with --resume"
+                f"{path} line {number}: {problem}: {_clip(line)}; mend or delete the line (--resume answers again what "
+                "an interrupted run left half written)"
             )
 
 
@@ -81,11 +116,22 @@ def read_jsonl(
     return rows
 
 
-def require_keys(row: Mapping[str, Any], required: Collection[str], where: str) -> None:
-    """ValueError naming the missing keys and those present."""
+def require_keys(row: Any, required: Collection[str], where: str) -> None:
+    """ValueError unless `row` is an object with these keys; names the missing ones and those present."""
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     missing = [key for key in required if key not in row]
     if missing:
         raise ValueError(f"{where}: no {' and no '.join(map(repr, missing))} (keys there: {', '.join(row) or 'none'})")
+
+
+def require_types(row: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where: str) -> None:
+    """ValueError unless each key's value is of one of its types; the types are named as JSON files have them."""
+    for key, allowed in types.items():
+        # bool is an int to Python, not to these files
+        if not isinstance(row[key], allowed) or isinstance(row[key], bool):
+            names = " or ".join(kind.__name__ for kind in allowed)
+            raise ValueError(f"{where}: {key!r} is {row[key]!r}, expected {names}")
 
 
 def read_answers(path: PathLike, duplicates: str = "error") -> dict[str, dict[str, Any]]:
@@ -177,14 +223,16 @@ def listing(ids: Iterable[object], limit: int = 5) -> str:
 def replacing(path: PathLike) -> Iterator[Path]:
     """A temporary file that becomes `path` when the block succeeds and vanishes when it fails; makes the folder.
 
-    A reader never sees half a file, and a failed write leaves the old one.
+    A reader never sees half a file, and a failed write leaves the old one, also when the power fails.
     """
-    target = Path(path).expanduser()
+    target = user_path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     # Named after the process, so that two writers do not share it; the suffix stays, writers choose formats by it.
     temporary = target.with_name(f".{os.getpid()}.{target.name}")
     try:
         yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
@@ -199,6 +247,32 @@ def write_text_atomic(path: PathLike, text: str) -> None:
 def write_json_atomic(path: PathLike, value: Any, indent: int | None = None) -> None:
     """`write_text_atomic` of a value as JSON, ASCII-escaped as the published tools write it."""
     write_text_atomic(path, json.dumps(value, indent=indent))
+
+
+def record_path(answers_file: PathLike) -> Path:
+    """Where the record of a run stands: `X.jsonl` and `X.json` -> `X.run.json`, any other name `X` -> `X.run.json`."""
+    return beside(answers_file, ".run.json")
+
+
+def beside(answers_file: PathLike, ending: str) -> Path:
+    """A name that belongs to an answers file: its own without `.jsonl` or `.json`, and an ending.
+
+    Other suffixes stay, they are no file formats: `out/llava-v1.5` and `out/llava-v1.6` are two runs.
+    """
+    path = Path(answers_file).expanduser()
+    stem = path.stem if path.suffix in (".jsonl", ".json") else path.name
+    return path.with_name(stem + ending)
+
+
+def refuse_inputs(outputs: Iterable[PathLike], inputs: Iterable[PathLike]) -> None:
+    """ValueError for a file that would be written and is read: the same under another name, through a link too."""
+    read = [Path(path).expanduser() for path in inputs]
+    for output in outputs:
+        target = Path(output).expanduser()
+        for source in read:
+            same = os.path.realpath(target) == os.path.realpath(source)
+            if same or (target.exists() and source.exists() and target.samefile(source)):
+                raise ValueError(f"{output} would be written, but it is an input ({source}); give another output file")
 
 
 def _clip(line: str, limit: int = 80) -> str:

@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from apet.eval.benchmarks.base import Benchmark, Score, register
-from apet.eval.benchmarks.files import PathLike, listing, read_jsonl
+from apet.eval.benchmarks.files import PathLike, listing, read_jsonl, user_path
 
 _RULE = "================================="
 
@@ -74,6 +74,6 @@ def experiment(review_file: PathLike) -> str:
 
 def review_files(folder: PathLike) -> list[Path]:
     """The review files of a folder: `gpt4_text_*`, `review_*` and `reviews_*`, sorted; all files of a review folder."""
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     prefixes = ("" if "review" in folder.name else "gpt4_text_", "reviews_", "review_")
     return sorted(path for path in folder.glob("*.jsonl") if path.name.startswith(prefixes))

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from apet.eval.benchmarks.files import PathLike, read_text
 
 LETTERS = "ABCD"
+_LONGEST_INDEX = 18  # digits
 _EMPTY = frozenset(
     "#N/A|#N/A N/A|#NA|-1.#IND|-1.#QNAN|-NaN|-nan|1.#IND|1.#QNAN|<NA>|N/A|NA|NULL|NaN|None|n/a|nan|null|".split("|")
 )
@@ -29,7 +30,7 @@ def read_table(path: PathLike, columns: Sequence[str]) -> dict[int, dict[str, st
         where = f"{path} line {line}"
         if None in row or None in row.values():
             raise ValueError(f"{where}: the row has another number of cells than the header")
-        if not row["index"].isdigit():
+        if not (row["index"].isdecimal() and len(row["index"]) <= _LONGEST_INDEX):
             raise ValueError(f"{where}: index {row['index']!r} is not a number")
         if int(row["index"]) in rows:
             raise ValueError(f"{where}: index {row['index']} is there twice")

@@ -21,6 +21,7 @@ from apet.eval.benchmarks.files import (
     read_jsonl,
     read_text,
     require_complete,
+    user_path,
     write_text_atomic,
 )
 from apet.eval.metrics import mme_yes_no
@@ -67,7 +68,7 @@ class Mme(Benchmark):
         Raises:
             ValueError: A missing category file, a line without four cells, or lines that do not pair up by picture.
         """
-        folder = Path(results_dir).expanduser()
+        folder = user_path(results_dir)
         absent = [category for category in CATEGORIES if not (folder / f"{category}.txt").is_file()]
         if absent and (not present_only or len(absent) == len(CATEGORIES)):
             raise ValueError(
@@ -141,7 +142,7 @@ def convert(folder: PathLike, experiment: str, duplicates: str = "error") -> Non
     Raises:
         ValueError: Ground truth that cannot be read, or answers that are not those of all its questions.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     write_results(
         folder / RELEASE,
         folder / "answers" / f"{experiment}.jsonl",

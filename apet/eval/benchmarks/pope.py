@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from apet.eval.benchmarks.base import Benchmark, Score, register
-from apet.eval.benchmarks.files import PathLike, listing, read_answers, read_jsonl, require_complete
+from apet.eval.benchmarks.files import PathLike, listing, read_answers, read_jsonl, require_complete, user_path
 from apet.eval.metrics import BinaryCounts, pope_yes_no
 
 SPLITS = ("random", "popular", "adversarial")
@@ -78,7 +78,7 @@ def _read_labels(
     folder: PathLike, question_file: PathLike, splits: Mapping[str, Any]
 ) -> dict[str, tuple[Path, dict[tuple[str, str], bool]]]:
     """Split -> (label file, (image, question) -> is the answer yes); one file per split of the questions, no more."""
-    files = {match[1]: path for path in sorted(Path(folder).expanduser().iterdir())
+    files = {match[1]: path for path in sorted(user_path(folder).iterdir())
              if (match := _LABEL_FILE.fullmatch(path.name))}  # fmt: skip
     if set(files) != set(splits):
         raise ValueError(

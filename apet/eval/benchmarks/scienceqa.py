@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from apet.eval.benchmarks.base import OPTION_LETTER, Benchmark, Question, Score, register
@@ -19,6 +18,8 @@ from apet.eval.benchmarks.files import (
     read_json,
     require_complete,
     require_keys,
+    require_types,
+    user_path,
     write_json_atomic,
 )
 from apet.eval.metrics import scienceqa_letter
@@ -89,7 +90,11 @@ class ScienceQa(Benchmark):
         for number, row in enumerate(rows, start=1):
             where = f"{question_file} entry {number}"
             require_keys(row, ("id", "conversations"), where)
-            if not row["conversations"] or "value" not in row["conversations"][0]:
+            require_types(row, {"id": (str, int), "conversations": (list,)}, where)
+            if row.get("image") is not None:
+                require_types(row, {"image": (str,)}, where)
+            turn = row["conversations"][0] if row["conversations"] else None
+            if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
                 raise ValueError(f"{where}: conversations must start with a question under 'value'")
             if row["id"] in questions:
                 raise ValueError(f"{where}: id {row['id']!r} is there twice")
@@ -173,7 +178,7 @@ def read_split(base_dir: PathLike, split: str) -> dict[str, dict[str, Any]]:
     Raises:
         ValueError: An unknown or empty split, or an id that `problems.json` does not have.
     """
-    folder = Path(base_dir).expanduser()
+    folder = user_path(base_dir)
     splits = read_json(folder / "pid_splits.json")
     if split not in splits:
         raise ValueError(f"{folder / 'pid_splits.json'} has no split {split!r}; it has {listing(splits)}")

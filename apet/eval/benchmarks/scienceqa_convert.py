@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from apet.eval.benchmarks.files import PathLike, write_json_atomic
+from apet.eval.benchmarks.files import PathLike, user_path, write_json_atomic
 from apet.eval.benchmarks.scienceqa import OPTIONS, read_split
 
 DEFAULT_FORMAT = "QCM-LEA"
@@ -45,7 +45,7 @@ def convert(base_dir: PathLike, split: str, prompt_format: str = DEFAULT_FORMAT)
             f"of {', '.join(_OUTPUTS)}, such as {DEFAULT_FORMAT}"
         )
     rows = [_conversation(key, row, parts, form) for key, row in read_split(base_dir, split).items()]
-    target = Path(base_dir).expanduser() / f"llava_{split}_{prompt_format}.json"
+    target = user_path(base_dir) / f"llava_{split}_{prompt_format}.json"
     write_json_atomic(target, rows, indent=2)
     return target
 

@@ -8,11 +8,18 @@ An answer line holds id, question, answer and pred, so that it can be scored alo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 from apet.eval.benchmarks.base import Benchmark, Question, Score, register
-from apet.eval.benchmarks.files import PathLike, index_unique, iterate_jsonl, read_json, require_keys
+from apet.eval.benchmarks.files import (
+    PathLike,
+    index_unique,
+    iterate_jsonl,
+    read_json,
+    record_path,
+    require_keys,
+    require_types,
+)
 from apet.eval.metrics import exact_match, vqa_normalize
 
 LINE_KEYS = ("id", "question", "answer", "pred")
@@ -35,6 +42,9 @@ class VideoQa(Benchmark):
             ValueError: Broken files, a repeated question id, or answers that do not fit the questions.
         """
         asked = _rows(question_file, ("video_name", "question", "question_id"))
+        types = {"video_name": (str,), "question": (str,), "question_id": (int, str)}
+        for number, row in enumerate(asked, start=1):
+            require_types(row, types, f"{question_file} entry {number}")
         answers = _answers(answer_file, [row["question_id"] for row in asked], question_file)
         seen: dict[str, int] = {}
         for number, row in enumerate(asked, start=1):
@@ -132,10 +142,10 @@ def read_predictions(path: PathLike) -> tuple[dict[str, dict[str, Any]], int]:
     rows = index_unique(lines, path)
     if not rows:
         raise ValueError(f"{path} holds no answers; run llava.eval.video_qa first")
-    record_path = Path(path).expanduser().with_suffix(".run.json")
-    if not record_path.is_file():
+    beside = record_path(path)
+    if not beside.is_file():
         return rows, 0
-    record = read_json(record_path)
+    record = read_json(beside)
     failures = len(record["failures"])
     if record["status"] != "complete" or len(rows) + failures != record["questions"]:
         raise ValueError(

@@ -17,6 +17,7 @@ from apet.eval.benchmarks.files import (
     read_jsonl,
     require_complete,
     require_keys,
+    user_path,
 )
 from apet.eval.metrics import soft_accuracy, vqa_normalize, vqa_process_digit_article, vqa_process_punctuation
 
@@ -36,7 +37,7 @@ class VqaV2(Benchmark):
         Reads `answers/{split}/{ckpt}/merge.jsonl` and the full question list in `folder`. If `{split}.jsonl` is there
         too, each of its questions must be answered: a lost chunk would otherwise go in as empty answers, in silence.
         """
-        folder = Path(folder).expanduser()
+        folder = user_path(folder)
         result_file = folder / "answers" / split / ckpt / "merge.jsonl"
         answers = LooseAnswers.read(result_file)
         full = _ids(folder / FULL_TEST)

@@ -12,6 +12,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
+from apet import ApetConfig
+from apet.adapters.vision import budget_for
+from apet.eval.prompts import around_images
 from llava.conversation import new_conversation
 
 
@@ -45,11 +48,17 @@ class Inputs:
         input_ids: (L,) int64, placeholders expanded.
         tensors: Further inputs of the model; the first dimension runs over pictures, patches or tiles.
         pictures: Images and videos shown.
+        visual: Visual tokens of each.
+        room: Tokens that the model's context leaves for the answer; None if it does not say.
+        draw: What sets the question's random draws apart (`apet.eval.sampling.draw_key`).
     """
 
     input_ids: Tensor
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     pictures: int = 0
+    visual: tuple[int, ...] = ()
+    room: int | None = None
+    draw: str = ""
 
 
 @dataclass(frozen=True)
@@ -122,13 +131,15 @@ class FamilyProcessor:
 
         Args:
             text: The question.
-            images: RGB pictures, shown in front of it.
+            images: RGB pictures, shown where it has `<image>`, or in front of it.
             clip: Frames of a video, shown in front of it.
             conv_mode: Prompt template, where the checkpoint has none.
 
         Raises:
+            PromptError: `<image>` markers in the text, but not one per image.
             ValueError: A text that holds the family's own markers, a picture that the family cannot show.
         """
+        around_images(text, len(images))
         encoded = Encoded((), {})
         if clip is not None:
             encoded = self.encode_clip(clip)
@@ -143,13 +154,17 @@ class FamilyProcessor:
                 f"the question must not hold the marker: {text!r}"
             )
         prompt = "".join(word for pair in zip(pieces, [*encoded.replacements, ""], strict=True) for word in pair)
-        return Inputs(self._ids(prompt), encoded.tensors, len(encoded.replacements))
+        shown = tuple(one.count(self.placeholder(clip is not None)) for one in encoded.replacements)
+        return Inputs(self._ids(prompt), encoded.tensors, len(shown), shown)
 
     def render(self, text: str, images: int, video: bool, conv_mode: str = "") -> str:
         """The prompt with one marker per picture: one user turn, and an open assistant turn."""
-        content = [{"type": "video" if video else "image"}] * (1 if video else images) + [
-            {"type": "text", "text": text}
-        ]
+        first, *rest = around_images(text, 0 if video else images)
+        picture = {"type": "video" if video else "image"}
+        content = [] if rest else [picture] * (1 if video else images)
+        content += [{"type": "text", "text": first}] if first or not rest else []
+        for piece in rest:
+            content += [picture, *([{"type": "text", "text": piece}] if piece else [])]
         turns = [{"role": "user", "content": content}]
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
 
@@ -177,6 +192,16 @@ class FamilyProcessor:
     def encode_clip(self, clip: Clip) -> Encoded:
         """The video of a prompt."""
         raise NotImplementedError
+
+    def decoder_tokens(self, compression: ApetConfig, visual: Sequence[int], frames: int | None) -> int:
+        """The most visual tokens of a prompt that enter the decoder; families of several tiles count all of them.
+
+        Args:
+            compression: The compression.
+            visual: Visual tokens of every picture before it.
+            frames: Of the video; None for images.
+        """
+        return sum(visual)
 
     def collate(self, rows: Sequence[Inputs]) -> dict[str, Tensor]:
         """Inputs of a batch: `input_ids` and `attention_mask` (B, L), left-padded, and all else joined."""
@@ -211,6 +236,14 @@ class FamilyProcessor:
         starts = self.tokenizer.bos_token is not None and prompt.startswith(self.tokenizer.bos_token)
         ids = self.tokenizer(prompt, add_special_tokens=not starts, return_attention_mask=False)["input_ids"]
         return torch.tensor(ids, dtype=torch.int64)
+
+
+def kept_counts(compression: ApetConfig, visual: Sequence[int]) -> list[int]:
+    """Tokens that the vision stage leaves of images of one block each."""
+    budget = compression.stage_budgets[0]
+    if compression.budget_per == "prompt" and visual:
+        return [budget_for(budget, sum(visual), 0, 1)]
+    return [budget_for(budget, count, item, len(visual)) for item, count in enumerate(visual)]
 
 
 def conversation_prompt(conv_mode: str, text: str) -> str:

@@ -8,7 +8,10 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from llava.model.processors.base import Clip, Encoded, FamilyProcessor, Limits
+from apet import ApetConfig
+from apet.config import FAMILY_PRESETS
+from apet.serving.counts import video_blocks
+from llava.model.processors.base import Clip, Encoded, FamilyProcessor, Limits, kept_counts
 
 # Visual tokens of an image in the published evaluation, and of what its image loader lets through to that.
 TOKENS = (256, 2048)
@@ -75,6 +78,15 @@ class QwenVLProcessor(FamilyProcessor):
         if self.timed:
             tensors["second_per_grid_ts"] = torch.tensor([2 * clip.seconds / len(clip.frames)])
         return Encoded([self.clip_text(clip, self._merged(grid)[0])], tensors)
+
+    def decoder_tokens(self, compression: ApetConfig, visual: Sequence[int], frames: int | None) -> int:
+        """Tokens, not positions: those of M-RoPE count the side of a picture, not its area."""
+        if frames is None:
+            return sum(kept_counts(compression, visual))
+        steps = -(-frames // 2)
+        preset = FAMILY_PRESETS[self.config.model_type]
+        blocks, _, kept = video_blocks(compression, preset, steps, sum(visual) // steps)
+        return blocks * kept
 
     def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
         """(height, width) of a frame between the limits of the checkpoint's video processor."""

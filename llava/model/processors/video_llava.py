@@ -5,9 +5,13 @@ from collections.abc import Sequence
 from PIL.Image import Image
 from transformers import VideoLlavaForConditionalGeneration, VideoLlavaImageProcessor
 
+from apet import ApetConfig
 from apet.adapters.host import pixel_argument
+from apet.config import FAMILY_PRESETS
+from apet.eval.prompts import around_images
+from apet.serving.counts import video_blocks
 from llava.mm_utils import expand2square
-from llava.model.processors.base import Clip, Encoded, FamilyProcessor, conversation_prompt
+from llava.model.processors.base import Clip, Encoded, FamilyProcessor, conversation_prompt, kept_counts
 
 _PIXELS = pixel_argument(VideoLlavaForConditionalGeneration)
 
@@ -23,9 +27,25 @@ class VideoLlavaProcessor(FamilyProcessor):
         return VideoLlavaImageProcessor.from_pretrained(path)
 
     def render(self, text: str, images: int, video: bool, conv_mode: str = "") -> str:
-        """Pictures, a line end, the question."""
+        """Pictures where the question has `<image>`; or pictures, a line end, the question."""
+        pieces = around_images(text, 0 if video else images)
+        if len(pieces) > 1:
+            return conversation_prompt(conv_mode, self.marker(video).join(pieces))
         shown = self.marker(video) * (1 if video else images)
         return conversation_prompt(conv_mode, f"{shown}\n{text}" if shown else text)
+
+    def decoder_tokens(self, compression: ApetConfig, visual: Sequence[int], frames: int | None) -> int:
+        """Class tokens take no budget; frames of a budget of their own get the basis on top."""
+        if compression.position_mode == "keep":
+            return sum(visual)
+        if frames is None:
+            extra = int(visual[0] > self._patches) if visual else 0
+            return sum(kept_counts(compression, [count - extra for count in visual])) + extra * len(visual)
+        preset = FAMILY_PRESETS["video_llava"]
+        blocks, length, kept = video_blocks(compression, preset, frames, self._patches)
+        if blocks > 1 and preset.frame.insertion == "append":
+            kept = min(length, kept + compression.basis_token_num)
+        return blocks * kept + frames
 
     @property
     def fewest_tokens(self) -> int:
