@@ -10,6 +10,8 @@ import apet
 from apet import ApetConfig
 from apet.adapters import host
 
+pytestmark = pytest.mark.host
+
 BOTH = ApetConfig(visual_token_num=12, layer_list=[2], image_token_list=[5], basis_token_num=3)
 ALL = ApetConfig(visual_token_num=PATCHES, layer_list=[1, 2], image_token_list=[PATCHES, PATCHES], basis_token_num=3)
 

@@ -54,6 +54,7 @@ def everything(name: str) -> list[int]:
     return list(range(len(FAMILIES[name].prompts)))
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("attention", ATTENTION)
 @pytest.mark.parametrize("stages", STAGES)
 @pytest.mark.parametrize("name", FAMILIES)
@@ -108,6 +109,7 @@ def test_video_budgets_equal_the_reference(name, fields):
 
 @pytest.mark.parametrize("name", FAMILIES)
 class TestBehaviour:
+    @pytest.mark.host
     def test_keeping_everything_and_removing_are_bit_identical(self, name):
         model, family = model_of(name), FAMILIES[name]
         before = set(vars(model.model))

@@ -10,6 +10,8 @@ from transformers.integrations import flash_attention
 import apet
 from apet import ApetConfig
 
+pytestmark = pytest.mark.host
+
 STEPS = 8
 SETTINGS = {
     "none": ApetConfig(basis_token_num=3),

@@ -11,6 +11,8 @@ import apet
 from apet.adapters import host
 from apet.adapters.cache import PromptCache
 
+pytestmark = pytest.mark.host
+
 CONFIG = apet.ApetConfig(visual_token_num=14, layer_list=[2], image_token_list=[6], basis_token_num=3)
 LENGTHS = [(9, 9), (12, 9), (15, 11), (7, 7), (21, 4)]
 

@@ -105,6 +105,7 @@ class TestReturnValue:
 
 
 @pytest.mark.parametrize("config", [None, ALL, SOME], ids=["plain", "all", "some"])
+@pytest.mark.host
 class TestBatches:
     def test_a_batch_is_its_rows_alone(self, model, config):
         if config:
@@ -224,6 +225,7 @@ class LastIds(LogitsProcessor):
         return scores
 
 
+@pytest.mark.host
 class TestDecoding:
     @pytest.mark.parametrize("config", [None, SOME], ids=["plain", "some"])
     def test_the_cache_cannot_be_turned_off(self, model, config):
@@ -299,6 +301,7 @@ class TestDecoding:
         model.generate(**left_pad(ROWS), images=pixels(4), **GREEDY)
 
 
+@pytest.mark.host
 class TestPatch:
     @pytest.mark.parametrize("batch", [left_pad(ROWS[:1]), left_pad(ROWS)], ids=["one", "mixed"])
     def test_keeping_everything_and_removing_are_bit_identical(self, model, batch):

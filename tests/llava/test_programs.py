@@ -60,6 +60,7 @@ def fails(capsys, status: int, *words: str) -> None:
         assert word in error
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("picture", "ab")
 @pytest.mark.parametrize(("setting", "flags"), [
     ("none", []),
@@ -96,6 +97,7 @@ def test_golden_answers_through_the_command_line(questions, picture, setting, fl
     assert record["layer_averaged_tokens"] == pytest.approx(budgets[setting])
 
 
+@pytest.mark.host
 @pytest.mark.parametrize("flags", [["--batch_size", "4"], ["--batch-size", "3", "--num_workers", "2"]], ids=" ".join)
 def test_answers_do_not_depend_on_batches(questions, flags):
     assert loader(questions, "one.jsonl", *COMPRESSED)[0] == 0
