@@ -291,10 +291,11 @@ class TestCopies:
 
 @pytest.mark.host
 class TestWrappers:
+    @pytest.mark.slow
     @pytest.mark.parametrize("way", ["wrapper", "method"])
     def test_a_model_that_was_compiled_and_called_before(self, way):
         torch._dynamo.reset()
-        model = tiny_llava()
+        model = tiny_llava(layers=1)
         untouched = model(**one()).logits
         compiled = torch.compile(model, backend="eager") if way == "wrapper" else model
         if way == "method":

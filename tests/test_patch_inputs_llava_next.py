@@ -58,7 +58,7 @@ def test_batches_repetition_and_caches(model, name, stage):  # noqa: F811
             alone = generate(model, inputs(model, (row,)))
             assert kept(model) == chosen[row : row + 1]
             assert alone.sequences[0, -STEPS:].tolist() == together.sequences[row, -STEPS:].tolist()
-    layouts = apet.adapters.adapter_for(model)._layouts(SIZES)
+    layouts = apet.adapters.adapter_for(model).crop_layouts({"image_sizes": SIZES})
     for layout, (columns,) in zip(layouts, chosen, strict=True):
         patches = int((layout.columns[columns] >= 0).sum())
         assert patches == (12 if stage == "llm" else sum(min(8, int(real)) for real in layout.shown.sum(1)))
@@ -90,7 +90,7 @@ def test_tower_inputs_of_every_crop(model, monkeypatch):  # noqa: F811
 
     monkeypatch.setitem(base._METHODS, "spy", Spy)
     batch = inputs(model)
-    layouts = apet.adapters.adapter_for(model)._layouts(SIZES)
+    layouts = apet.adapters.adapter_for(model).crop_layouts({"image_sizes": SIZES})
     shown = [[int(real) for real in layout.shown.sum(1)] for layout in layouts]
     pixels = torch.cat([one[: layout.crops] for one, layout in zip(batch["pixel_values"], layouts, strict=True)])
     tower = model.model.vision_tower

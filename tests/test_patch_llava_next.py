@@ -39,7 +39,7 @@ def model(request):
 def inputs(model, which=(0, 1, 2)) -> dict:
     """A left-padded batch with one image per row; prompts as long as the images need."""
     sizes = torch.tensor([SIZES[index] for index in which])
-    layouts = apet.adapters.adapter_for(model)._layouts(sizes)
+    layouts = apet.adapters.adapter_for(model).crop_layouts({"image_sizes": sizes})
     generator = torch.Generator().manual_seed(5)
     pixels = torch.randn(3, 5, 3, SIDE, SIDE, generator=generator)[list(which)]
     pixels = pixels[:, : max(layout.crops for layout in layouts)]
@@ -75,7 +75,7 @@ def test_budgets_mean_what_they_say(model):
     with apet.patched(model, BOTH):
         generate(model, inputs(model))
         result = apet.last_result(model)
-    layouts = apet.adapters.adapter_for(model)._layouts(SIZES)
+    layouts = apet.adapters.adapter_for(model).crop_layouts({"image_sizes": SIZES})
     for sample, layout in enumerate(layouts):
         (columns,) = result.stages[0].kept[sample]
         shown = layout.columns[columns.numpy()]
@@ -111,7 +111,7 @@ def test_an_image_budget_is_split_by_error(model):
     with apet.patched(model, config):
         generate(model, inputs(model))
         result = apet.last_result(model)
-    layouts = apet.adapters.adapter_for(model)._layouts(SIZES)
+    layouts = apet.adapters.adapter_for(model).crop_layouts({"image_sizes": SIZES})
     splits = []
     for layout, (columns,) in zip(layouts, result.stages[0].kept, strict=True):
         shown = layout.columns[columns.numpy()]
@@ -149,7 +149,7 @@ def test_methods_that_read_tower_or_text(model, name):
             alone = generate(model, inputs(model, (index,)))
             assert alone.sequences[0, -5:].tolist() == together.sequences[index, -5:].tolist()
             assert apet.last_result(model).tokens_per_layer[0] == result.tokens_per_layer[index]
-    layouts = apet.adapters.adapter_for(model)._layouts(SIZES)
+    layouts = apet.adapters.adapter_for(model).crop_layouts({"image_sizes": SIZES})
     for layout, (tokens,) in zip(layouts, result.stages[0].kept, strict=True):
         assert (layout.columns[tokens] >= 0).sum() == 8 * layout.crops
 

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from apet.adapters import host
 from apet.adapters.base import Adapter
 from apet.adapters.hooks import InFlight, Removable, Wrapped
@@ -87,6 +89,7 @@ class EncoderPatch:
             forward.encoded[kind] = encoding
         return output
 
+    @torch.compiler.disable
     def _note(self, kind: int, encoding: Encoding, output: Any, given: Mapping[str, Any]) -> None:
         """Lengths and roles of tokens that are compressed behind the projector."""
         features = host.encoded_features(output)

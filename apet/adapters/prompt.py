@@ -232,6 +232,8 @@ class PromptPatch:
         mask, positions = self._decode_inputs(forward, group, inputs.embeds.shape[1])
         return args, host.replaced_text_inputs(kwargs, inputs._replace(mask=mask, positions=positions))
 
+    # Host arithmetic and a method's own loops are nothing that torch.compile could make faster.
+    @torch.compiler.disable
     def _prefill(self, forward: Forward, kwargs: dict, inputs: host.TextInputs) -> dict:
         """Find the images, and run the stage in front of layer 0."""
         embeds = inputs.embeds
@@ -350,6 +352,7 @@ class PromptPatch:
 
     # What is kept, and how the sequence becomes shorter
 
+    @torch.compiler.disable
     def _run_stage(
         self, forward: Forward, stage: Stage, hidden: Tensor, rotary: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:

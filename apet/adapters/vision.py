@@ -294,6 +294,7 @@ class VisionStage:
         full.scatter_(1, places.unsqueeze(-1).expand(-1, -1, output.shape[2]), output)
         return full[:, :-1]
 
+    @torch.compiler.disable
     def _compress(self, encoding: Encoding, tokens: Tensor, features: Tensor) -> Tensor:
         """Kept rows (C, K, D) of `tokens`, filled up with zeros; all of them where every crop is kept whole."""
         shown = np.concatenate([layout.shown for layout in encoding.layouts])

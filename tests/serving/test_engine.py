@@ -67,7 +67,7 @@ class Reference:
             if self.qwen:
                 counts = (inputs["image_grid_thw"].prod(-1) // 4).tolist()
             else:
-                counts = [len(one.columns) for one in adapter_for(self.model)._layouts(inputs["image_sizes"])]
+                counts = [len(one.columns) for one in adapter_for(self.model).crop_layouts(inputs)]
         ids = torch.tensor([self.ids(kinds, counts)])
         if self.qwen:
             inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
