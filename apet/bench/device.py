@@ -1,6 +1,7 @@
 """What only a GPU has: launches, hidden waits, graphs, and its peak of allocated memory."""
 
 import argparse
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -130,6 +131,8 @@ def _count_syncs(call: Callable[[], Any]) -> int:
 def graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     """The call captured as a CUDA graph; replays it and returns the tensors of the capture.
 
+    The graph reads what the call holds at the same addresses at every replay, so the replay holds the call.
+
     Raises:
         RuntimeError: From torch, where the call waits for the device or allocates what a capture does not allow.
     """
@@ -150,11 +153,23 @@ def graphed(call: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
     with torch.cuda.graph(graph, stream=stream):
         output = call()
 
-    def replay() -> Any:
-        graph.replay()
-        return output
+    return functools.partial(_replay, graph, output, call)
 
-    return replay
+
+def _replay(graph: torch.cuda.CUDAGraph, output: Any, held: Callable[[], Any]) -> Any:
+    graph.replay()
+    return output
+
+
+def context_lost(device: torch.device) -> bool:
+    """Whether an earlier failure, such as an assertion on the device, left its context unusable for this process."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def cuda_peak_bytes(call: Callable[[], Any], device: torch.device) -> int:

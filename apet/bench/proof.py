@@ -32,7 +32,7 @@ from apet.bench import generate, prefill
 from apet.bench.__main__ import module_of, parser
 from apet.bench.as_published import compress_as_published
 from apet.bench.ceilings import described, measure_ceilings
-from apet.bench.device import check_device, default_dtype
+from apet.bench.device import check_device, context_lost, default_dtype
 from apet.bench.output import environment, markdown, table
 from apet.bench.presets import Preset, get_preset
 from apet.bench.shapes import AS_PUBLISHED, Shape, block
@@ -61,6 +61,7 @@ class Session:
         dry: Small models and blocks on a CPU.
         begun: `time.monotonic()` at the start.
         ceilings: Flags that hand the measured ceilings to every command.
+        lost: A part left the CUDA context of this process unusable.
     """
 
     out: Path
@@ -69,6 +70,7 @@ class Session:
     dry: bool
     begun: float = field(default_factory=time.monotonic)
     ceilings: list[str] = field(default_factory=list)
+    lost: bool = False
     _built: dict[str, tuple[Preset, nn.Module]] = field(default_factory=dict)
 
     @property
@@ -96,10 +98,11 @@ class Session:
         return self._built[name]
 
     def release(self) -> None:
-        """Forget the model."""
+        """Forget the model; notice a lost context, which can free nothing."""
         self._built.clear()
         gc.collect()
-        if self.device.type == "cuda":
+        self.lost = context_lost(self.device)
+        if self.device.type == "cuda" and not self.lost:
             torch.cuda.empty_cache()
 
 
@@ -140,10 +143,12 @@ class Part:
     Attributes:
         seconds: What it may take.
         run: (session, seconds) -> figures, with "tables" for the page.
+        own_process: It runs elsewhere and needs no CUDA context of this process.
     """
 
     seconds: float
     run: Callable[[Session, float], dict[str, Any]]
+    own_process: bool = False
 
 
 def _machine(session: Session, limit: float) -> dict[str, Any]:
@@ -262,7 +267,7 @@ PARTS: Mapping[str, Part] = {
     "prefill-b1": Part(45, _prefill("llava-1.5-7b", 1)),
     "prefill-b16": Part(45, _prefill("llava-1.5-7b", 16, "--repeats", "10")),
     "generate-b1": Part(30, _generate("llava-1.5-7b", 1)),
-    "tests": Part(60, _tests),
+    "tests": Part(60, _tests, own_process=True),
     "next-b4": Part(45, _prefill("llava-next-7b", 4, "--repeats", "8")),
     "qwen-b1": Part(35, _prefill("qwen2.5-vl-7b", 1)),
     "prefill-b4": Part(40, _prefill("llava-1.5-7b", 4)),
@@ -302,6 +307,8 @@ def run_parts(session: Session, names: Sequence[str]) -> dict[str, Any]:
         left = session.left
         if left < _LEAST_SECONDS:
             parts[name] = {"status": "skipped", "reason": f"{left:.0f} s were left of {session.seconds:.0f} s"}
+        elif session.lost and not PARTS[name].own_process:
+            parts[name] = {"status": "skipped", "reason": "the CUDA context is lost since a part before failed"}
         else:
             parts[name] = {"status": "running"}
             _write(session, report)

@@ -68,6 +68,28 @@ def test_a_part_that_fails_is_recorded_and_the_others_go_on(session, monkeypatch
     assert written(session) == found
 
 
+def test_a_lost_context_skips_what_needs_it(tmp_path, monkeypatch):
+    def broken(session: Session, limit: float) -> dict:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    def fine(session: Session, limit: float) -> dict:
+        return {"tables": []}
+
+    def synchronize(device):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    parts = {"broken": Part(30, broken), "next": Part(30, fine), "tests": Part(30, fine, own_process=True)}
+    monkeypatch.setattr(proof, "PARTS", parts)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(proof, "check_device", lambda name: torch.device(name))
+    assert proof.main(["--out", str(tmp_path), "--parts", ",".join(parts)]) == 1
+    found = json.loads((tmp_path / "gpu_proof.json").read_text())["parts"]
+    assert {name: part["status"] for name, part in found.items()} == {
+        "broken": "failed", "next": "skipped", "tests": "done"
+    }  # fmt: skip
+    assert "CUDA context is lost" in found["next"]["reason"]
+
+
 def test_a_failed_part_sets_the_exit_status(tmp_path, monkeypatch):
     def run(session: Session, limit: float) -> dict:
         raise ValueError("no")
