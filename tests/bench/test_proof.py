@@ -138,6 +138,8 @@ def test_targets():
     parts = {"a": {"batches": [{"share": 0.02}]}, "b": {"status": "skipped"}}
     most = Target("share", "a", ("batches", 0, "share"), most=0.03)
     assert most.row(parts) == ["share", "<= 0.03", 0.02, "yes"]
+    both = {"a": {"batches": [{"share": 5, "none": 3}]}}
+    assert most._replace(beyond=("batches", 0, "none")).row(both) == ["share", "<= 0.03", 2, "no"]
     assert most._replace(most=None, least=2).row(parts) == ["share", ">= 2", 0.02, "no"]
     for part, path in (("a", ("batches", 1, "share")), ("b", ("batches", 0)), ("c", ("batches",))):
         assert Target("share", part, path, most=1).row(parts)[2:] == [None, "not measured"]
