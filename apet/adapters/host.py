@@ -8,11 +8,13 @@ host that renames something is refused with a sentence, and never computes somet
 Seen in 5.17.0, 5.20.2, 5.22.2, 5.23.0 and 5.24.0; where they differ, the function says how.
 """
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, CompileConfig
@@ -29,6 +31,7 @@ _CACHE_NAMES = ("cache", "past_key_values")
 _PIXEL_NAMES = ("pixel_values", "pixel_values_images", "pixel_values_videos")
 # Up to 5.23 `generate` may hand a model what its encoder gave instead of pixels under this name; so does 5.24.
 _ENCODED = "mm_encoder_outputs"
+_PROBE = "apet_probe"
 
 _BASE_READS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
 _TEXT_READS = ("inputs_embeds", "attention_mask", "position_ids")
@@ -325,11 +328,6 @@ def attention_of(layer: nn.Module) -> nn.Module:
     return layer.self_attn
 
 
-def layer_number(attention: nn.Module) -> int:
-    """0-based layer that a decoder's attention module belongs to."""
-    return attention.layer_idx
-
-
 class AttentionCall(NamedTuple):
     """How an attention module is called without a cache: `module.forward(hidden, **kwargs)`."""
 
@@ -347,6 +345,65 @@ def decoder_attention(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Te
 def tower_attention(layer: nn.Module, hidden: Tensor) -> AttentionCall:
     """The attention of a layer of a CLIP tower whose input is `hidden` (C, P, D)."""
     return AttentionCall(layer.self_attn, layer.layer_norm1(hidden), {"attention_mask": None})
+
+
+class Projected(NamedTuple):
+    """What an attention module would compare.
+
+    Attributes:
+        queries: (B, heads, L, d).
+        keys: (B, kv_heads, L, d).
+        scale: Factor of their products.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    scale: float
+
+    def scores(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Scaled products (G, heads, Q, L) of the queries at `columns` (G, Q) of rows (G, 1) with all keys.
+
+        In float32, or float64 for a float64 model.
+        """
+        heads = self.queries.shape[1]
+        queries = _wide(self.queries.transpose(1, 2)[rows, columns].transpose(1, 2)) * self.scale
+        keys = _wide(self.keys[rows.flatten()]).repeat_interleave(heads // self.keys.shape[1], 1)
+        return queries @ keys.transpose(2, 3)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class _Taken(Exception):
+    def __init__(self, projected: Projected) -> None:
+        self.projected = projected
+
+
+def _take(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
+    scale = kwargs.get("scaling")
+    raise _Taken(Projected(query, key, query.shape[-1] ** -0.5 if scale is None else scale))
+
+
+register_attention(_PROBE, _take)
+
+
+@torch.no_grad()
+def project(call: AttentionCall) -> Projected:
+    """Queries and keys of an attention module that looks its attention function up, for one input (B, L, D).
+
+    Raises:
+        NotImplementedError: The module calls no attention function.
+    """
+    # A shallow copy shares the weights; its configuration names our function, the model's own stays as it is.
+    probe = copy.copy(call.module)
+    probe.config = copy.copy(probe.config)
+    set_attention_name(probe.config, _PROBE)
+    try:
+        probe.forward(call.hidden, **call.kwargs)
+    except _Taken as taken:
+        return taken.projected
+    raise NotImplementedError(f"{type(call.module).__name__} does not look up its attention function")
 
 
 # Vision towers and encoders

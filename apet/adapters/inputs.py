@@ -7,10 +7,8 @@ attention function that only takes them out: a row of attention costs the projec
 keeps the attention it was loaded with.
 """
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -18,95 +16,8 @@ from torch import Tensor, nn
 
 from apet.adapters import host
 from apet.adapters.layout import TEXT, Layout, Unit, to_device
-
-if TYPE_CHECKING:
-    from apet.adapters.tower import TowerCall
-    from apet.adapters.vision import Encoding
-
-_NAME = "apet_probe"
-
-
-class Projected(NamedTuple):
-    """What an attention module would compare.
-
-    Attributes:
-        queries: (B, heads, L, d).
-        keys: (B, kv_heads, L, d).
-        scale: Factor of their products.
-    """
-
-    queries: Tensor
-    keys: Tensor
-    scale: float
-
-    def scores(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Scaled products (G, heads, Q, L) of the queries at `columns` (G, Q) of rows (G, 1) with all keys.
-
-        In float32, or float64 for a float64 model.
-        """
-        heads = self.queries.shape[1]
-        queries = _wide(self.queries.transpose(1, 2)[rows, columns].transpose(1, 2)) * self.scale
-        keys = _wide(self.keys[rows.flatten()]).repeat_interleave(heads // self.keys.shape[1], 1)
-        return queries @ keys.transpose(2, 3)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
-class _Taken(Exception):
-    def __init__(self, projected: Projected) -> None:
-        self.projected = projected
-
-
-def _take(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
-    scale = kwargs.get("scaling")
-    raise _Taken(Projected(query, key, query.shape[-1] ** -0.5 if scale is None else scale))
-
-
-host.register_attention(_NAME, _take)
-
-
-@torch.no_grad()
-def project(call: host.AttentionCall) -> Projected:
-    """Queries and keys of an attention module that looks its attention function up, for one input (B, L, D).
-
-    Raises:
-        NotImplementedError: The module calls no attention function.
-    """
-    # A shallow copy shares the weights; its configuration names our function, the model's own stays as it is.
-    probe = copy.copy(call.module)
-    probe.config = copy.copy(probe.config)
-    host.set_attention_name(probe.config, _NAME)
-    try:
-        probe.forward(call.hidden, **call.kwargs)
-    except _Taken as taken:
-        return taken.projected
-    raise NotImplementedError(f"{type(call.module).__name__} does not look up its attention function")
-
-
-@dataclass(frozen=True)
-class CropInputs:
-    """`StageInputs` of a group of crops at the vision stage.
-
-    Attributes:
-        call: What the tower did.
-        rows: (G, 1) crops of the group.
-        places: (G, n) their rows that take part.
-    """
-
-    call: "TowerCall"
-    rows: Tensor
-    places: Tensor
-
-    def cls_attention(self, layer: int) -> Tensor:
-        return self.call.attention(layer)[self.rows, self.places].transpose(1, 2)
-
-    def vision_keys(self, layer: int) -> Tensor:
-        return self.call.keys(layer)[self.rows, self.places].transpose(1, 2)
-
-    def vision_features(self) -> Tensor:
-        return self.call.features[self.rows, self.places]
+from apet.adapters.tower import TowerCall
+from apet.adapters.vision import Encoding
 
 
 @dataclass
@@ -134,15 +45,15 @@ class StageView:
     embeddings: tuple[Tensor, Tensor] | None
     before: tuple[Tensor, tuple[Tensor, Tensor]] | None
     entry: tuple[Tensor, Layout]
-    encoded: Mapping[int, "Encoding"] = field(default_factory=dict)
+    encoded: Mapping[int, Encoding] = field(default_factory=dict)
     generated: int = 0
-    _projected: dict[int, Projected] = field(default_factory=dict)
+    _projected: dict[int, host.Projected] = field(default_factory=dict)
 
-    def projected(self, layer: int) -> Projected:
+    def projected(self, layer: int) -> host.Projected:
         """Queries and keys of the layer about to run, or of the one before."""
         if layer not in self._projected:
             hidden, embeddings = (self.hidden, self.embeddings) if layer == self.layer else self.before
-            self._projected[layer] = project(host.decoder_attention(self.layers[layer], hidden, embeddings))
+            self._projected[layer] = host.project(host.decoder_attention(self.layers[layer], hidden, embeddings))
         return self._projected[layer]
 
     def input_length(self, needs: Collection[str], unit: Unit) -> int | None:
@@ -214,7 +125,7 @@ class BlockInputs:
     def vision_features(self) -> Tensor:
         return self._of_tower(lambda call: call.features)
 
-    def _of_tower(self, values: Callable[["TowerCall"], Tensor]) -> Tensor:
+    def _of_tower(self, values: Callable[[TowerCall], Tensor]) -> Tensor:
         """Values (G, n, ...) of the block's tokens, given those (C, N, ...) of a call."""
         blocks = []
         for number, unit in enumerate(self._units):
@@ -223,7 +134,7 @@ class BlockInputs:
             blocks.append(torch.cat(found))
         return torch.stack(blocks)
 
-    def _tower_rows(self, unit: Unit, columns: np.ndarray) -> Iterator[tuple["TowerCall", np.ndarray]]:
+    def _tower_rows(self, unit: Unit, columns: np.ndarray) -> Iterator[tuple[TowerCall, np.ndarray]]:
         """Image by image, the rows of a call that a unit's columns show. Nothing has been dropped from them yet."""
         layout = self._view.layout
         for item in dict.fromkeys(block.item for block in unit.blocks):

@@ -6,6 +6,7 @@ references to what entered the layers that a method asked for; rows of attention
 
 import functools
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 
 from apet.adapters import host
 from apet.adapters.hooks import InFlight, Removable, Wrapped
-from apet.adapters.inputs import Projected, project
 
 
 class TowerDepth:
@@ -78,7 +78,7 @@ class TowerCall:
     ) -> None:
         self.features, self.shape = features, shape
         self._layers, self._inputs = layers, inputs
-        self._projected: dict[int, Projected] = {}
+        self._projected: dict[int, host.Projected] = {}
 
     def attention(self, layer: int) -> Tensor:
         """(C, N, heads) attention of the class token to every row."""
@@ -91,11 +91,35 @@ class TowerCall:
         """(C, N, heads, d) keys of every row, bias included."""
         return self._project(layer).keys.transpose(1, 2)[:, -self.shape[1] :]
 
-    def _project(self, layer: int) -> Projected:
+    def _project(self, layer: int) -> host.Projected:
         index = layer % len(self._layers)
         if index not in self._projected:
-            self._projected[index] = project(host.tower_attention(self._layers[index], self._inputs[index]))
+            self._projected[index] = host.project(host.tower_attention(self._layers[index], self._inputs[index]))
         return self._projected[index]
+
+
+@dataclass(frozen=True)
+class CropInputs:
+    """`StageInputs` of a group of crops at the vision stage.
+
+    Attributes:
+        call: What the tower did.
+        rows: (G, 1) crops of the group.
+        places: (G, n) their rows that take part.
+    """
+
+    call: TowerCall
+    rows: Tensor
+    places: Tensor
+
+    def cls_attention(self, layer: int) -> Tensor:
+        return self.call.attention(layer)[self.rows, self.places].transpose(1, 2)
+
+    def vision_keys(self, layer: int) -> Tensor:
+        return self.call.keys(layer)[self.rows, self.places].transpose(1, 2)
+
+    def vision_features(self) -> Tensor:
+        return self.call.features[self.rows, self.places]
 
 
 class TowerTap:

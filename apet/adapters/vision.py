@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from apet.adapters.hooks import InFlight, Removable
-from apet.adapters.inputs import CropInputs
 from apet.adapters.layout import NEWLINE, Item, follows, square, to_device
-from apet.adapters.tower import TowerCall, TowerTap
+from apet.adapters.tower import CropInputs, TowerCall, TowerTap
 from apet.core.types import CompressedTokens, token_sizes
 
 Budget = int | float | Sequence[int] | None
