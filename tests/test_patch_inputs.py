@@ -184,7 +184,8 @@ def test_a_tower_that_did_not_run_is_no_source():
     features = torch.zeros(1, PATCHES, 24)
     with apet.patched(model, ApetConfig(visual_token_num=5, method="visionzip")):
         model(**batch(MIXED_ROWS[:1]))
-        with pytest.raises(ValueError, match="has not just run on these 1 crops; give the model pixels"):
+        missing = pytest.raises(ValueError, match="has not just run on these 1 crops; give the model pixels")
+        with apet.expecting_images(model), missing:
             model.model.multi_modal_projector(features)
 
 
