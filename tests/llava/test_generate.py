@@ -273,7 +273,7 @@ class TestDecoding:
     def test_streamer(self, loaded, model, capsys):
         tokenizer, _ = loaded
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        # The tiny model's answer to it has half characters at its end only: what becomes of others a streamer cannot know.
+        # Its answer has half characters at the end alone: what becomes of others a streamer cannot know.
         image = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(1))
         ids = model.generate(torch.tensor([[1, 300, -200, 340]]), images=image, streamer=streamer, **GREEDY)
         assert capsys.readouterr().out.strip() == tokenizer.decode(ids[0], skip_special_tokens=True).strip()
