@@ -4,7 +4,6 @@ LLaVA tokenises the text before and after `<image>` separately and drops the sec
 starts with a lone space piece followed by the newline. `encode` does the same, once per question.
 """
 
-import io
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,19 +11,17 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import LlamaTokenizer
 
 from examples.sample_vlm import questions as q
 from examples.sample_vlm import tokenizer
 from examples.sample_vlm.model import IGNORE
-from examples.sample_vlm.scenes import PATCH, Scene, make_scene
+from examples.sample_vlm.scenes import PATCH, Scene, make_scene, maybe_jpeg
 
 PREFIX_TEXT = tokenizer.SYSTEM + " USER: "
 _TAIL = " ASSISTANT:"
 _OCR_SHARE = 0.3  # of the read-out questions come with TextVQA's OCR line
-_JPEG_SHARE = 0.3  # of the pictures went through a JPEG file, as those of the benchmarks
 
 
 @lru_cache(maxsize=1)
@@ -88,7 +85,7 @@ def make_batch(seed: tuple[int, ...], side: int, pictures: int, per_picture: int
     scenes = [make_scene(rng, "train", side, want) for _ in range(pictures)]
     asked = [q.ask(scene, rng, per_picture) for scene in scenes]
     for scene in scenes:
-        scene.pixels = _maybe_jpeg(scene.pixels, rng)
+        scene.pixels = maybe_jpeg(scene.pixels, rng)
     texts = [[q.prompt_text(question, ocr=_with_ocr(question, rng)) for question in row] for row in asked]
     return collate(scenes, asked, texts)
 
@@ -126,15 +123,6 @@ def pad(rows: list[list[int]], value: int) -> torch.Tensor:
     length = max((len(row) for row in rows), default=0)
     padded = [row + [value] * (length - len(row)) for row in rows]
     return torch.tensor(padded, dtype=torch.int64).view(len(rows), length)
-
-
-def _maybe_jpeg(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Sometimes the picture after a round trip through a JPEG of ordinary quality."""
-    if rng.random() > _JPEG_SHARE:
-        return pixels
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=int(rng.integers(70, 95)), subsampling=0)
-    return np.array(Image.open(buffer))
 
 
 @dataclass(frozen=True)

@@ -327,10 +327,10 @@ MAKERS: dict[str, tuple[Maker, float]] = {
 }
 
 
-def ask(scene: Scene, rng: np.random.Generator, number: int) -> list[Question]:
-    """`number` questions about a scene, drawn by the training weights; a maker may be used more than once."""
-    names = list(MAKERS)
-    weights = np.array([w for _, w in MAKERS.values()])
+def ask(scene: Scene, rng: np.random.Generator, number: int, mix: dict[str, float] | None = None) -> list[Question]:
+    """`number` questions about a scene, drawn by `mix` (default: the makers' own weights); makers may repeat."""
+    mix = mix or {name: weight for name, (_, weight) in MAKERS.items()}
+    names, weights = list(mix), np.array(list(mix.values()))
     asked: list[Question] = []
     while len(asked) < number:
         maker = MAKERS[names[int(rng.choice(len(names), p=weights / weights.sum()))]][0]

@@ -5,6 +5,7 @@ for every window. Windows start on the 14-pixel patch grid (their patches are pa
 not.
 """
 
+import io
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,6 +31,7 @@ COLOR_LABELS = ("nothing", *COLORS)
 MAX_LETTERS = 5
 
 _SUPERSAMPLE = 4
+_JPEG_SHARE = 0.3  # of the pictures went through a JPEG file, as those of the benchmarks
 _JITTER = 14  # how far a colour channel may stray from its palette value
 _GAP = 4  # pixels left free around every object
 _VISIBLE = 0.2  # a patch is labelled with an object that covers at least this part of it
@@ -83,12 +85,55 @@ class _Stamp:
     parts: tuple[tuple[str, int, int, int, int, int], ...]
 
 
+@dataclass(frozen=True)
+class Style:
+    """How large and how bright things are drawn. Ranges are (low, high); sizes are pixels.
+
+    Attributes:
+        shapes, digits, letters: sizes of shapes, of digits (height) and of fonts (capitals are about 0.7 of them).
+        shapes_small, digits_small: the largest of them in windows under 200 pixels.
+        saturation, brightness: what the photograph's colours are multiplied with.
+        lift: up to how much every background pixel is brightened.
+        plates: per kind of thing, how often a dark plate lies under it.
+        cutouts: up to how many pieces of other photographs are pasted in.
+    """
+
+    shapes: tuple[float, float] = (13, 60)
+    shapes_small: float = 44
+    digits: tuple[float, float] = (24, 64)
+    digits_small: float = 48
+    letters: tuple[float, float] = (14, 34)
+    saturation: tuple[float, float] = (0.3, 0.8)
+    brightness: tuple[float, float] = (0.25, 0.75)
+    lift: float = 20
+    plates: tuple[tuple[str, float], ...] = (("word", 0.5),)
+    cutouts: int = 0
+
+
+# Backgrounds duller and darker than the objects, as signs and stickers stand out from a street, and small things.
+DIM = Style()
+# Things of two to six patches on photographs of ordinary brightness, with pieces of other photographs between them.
+BRIGHT = Style(
+    shapes=(30, 84),
+    shapes_small=60,
+    digits=(44, 90),
+    digits_small=70,
+    letters=(40, 58),
+    saturation=(0.6, 1.0),
+    brightness=(0.6, 1.05),
+    lift=12,
+    plates=(("word", 0.85), ("digit", 0.85)),
+    cutouts=3,
+)
+
+
 def make_scene(
     rng: np.random.Generator,
     split: str,
     side: int = CANVAS,
     want: tuple[str, ...] = (),
     shapes: int | None = None,
+    style: Style = DIM,
 ) -> Scene:
     """A random scene.
 
@@ -98,22 +143,32 @@ def make_scene(
         side: window side in pixels, a multiple of 14 up to 336.
         want: kinds (`digit`, `word`) that must be present; the others appear by chance.
         shapes: number of shapes to try to place; None draws it from the window's size.
+        style: sizes and brightness.
     """
     origin = tuple(int(v) * PATCH for v in rng.integers(0, (CANVAS - side) // PATCH + 1, size=2))
     scene = Scene(side, origin)
-    scene.pixels = _background(rng, split, side)
+    scene.pixels = _background(rng, split, side, style)
     scene.labels = np.zeros((3, side // PATCH, side // PATCH), dtype=np.int64)
     small = side < CANVAS / 2
     if "word" in want or rng.random() < (0.35 if small else 0.6):
-        _place(scene, rng, "word", _random_word(rng, split), split)
+        _place(scene, rng, "word", _random_word(rng, split), split, style)
     if "digit" in want or rng.random() < (0.5 if small else 0.7):
-        _place(scene, rng, "digit", str(rng.integers(10)), split)
+        _place(scene, rng, "digit", str(rng.integers(10)), split, style)
     if shapes is None:
         shapes = int(rng.integers(1, 4) if small else rng.integers(2, 6))
     for name in _shape_names(rng, shapes):
-        _place(scene, rng, "shape", name, split)
+        _place(scene, rng, "shape", name, split, style)
     scene.pixels = _finish(rng, scene.pixels)
     return scene
+
+
+def maybe_jpeg(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Sometimes the picture after a round trip through a JPEG of ordinary quality."""
+    if rng.random() > _JPEG_SHARE:
+        return pixels
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=int(rng.integers(70, 95)), subsampling=0)
+    return np.array(Image.open(buffer))
 
 
 def _random_word(rng: np.random.Generator, split: str) -> str:
@@ -132,7 +187,7 @@ def _shape_names(rng: np.random.Generator, count: int) -> list[str]:
     return [names[int(rng.integers(3))] if rng.random() < 0.25 else names[i % len(names)] for i in range(count)]
 
 
-def _background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
+def _background(rng: np.random.Generator, split: str, side: int, style: Style) -> np.ndarray:
     """An augmented crop of a photograph with some neutral clutter, (side, side, 3) uint8."""
     photo = sources.photos(split)[int(rng.integers(len(sources.photos(split))))]
     scale = side / CANVAS
@@ -145,11 +200,27 @@ def _background(rng: np.random.Generator, split: str, side: int) -> np.ndarray:
         image = image.filter(ImageFilter.BoxBlur(float(rng.uniform(0.3, 1.5))))
     if rng.random() < 0.5:
         _clutter(rng, image)
+    if style.cutouts:
+        _paste_cutouts(rng, image, split, style.cutouts)
     pixels = np.asarray(image, dtype=np.float32)
     gray = pixels.mean(axis=2, keepdims=True)
-    # Backgrounds stay duller and darker than the objects, as signs and stickers stand out from a street.
-    pixels = gray + (pixels - gray) * rng.uniform(0.3, 0.8)
-    return pixels * rng.uniform(0.25, 0.75, size=(1, 1, 1)) + rng.uniform(0, 20)
+    pixels = gray + (pixels - gray) * rng.uniform(*style.saturation)
+    return pixels * rng.uniform(*style.brightness, size=(1, 1, 1)) + rng.uniform(0, style.lift)
+
+
+def _paste_cutouts(rng: np.random.Generator, image: Image.Image, split: str, most: int) -> None:
+    """Up to `most` round or square pieces of the split's photographs: real things that no question asks about."""
+    for _ in range(int(rng.integers(0, most + 1))):
+        photo = sources.photos(split)[int(rng.integers(len(sources.photos(split))))]
+        size = int(rng.uniform(0.12, 0.32) * image.width)
+        crop = rng.uniform(0.2, 0.6) * min(photo.size)
+        x, y = rng.uniform(0, photo.width - crop), rng.uniform(0, photo.height - crop)
+        piece = photo.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + crop, y + crop))
+        mask = Image.new("L", piece.size, 255)
+        if rng.random() < 0.5:
+            mask.paste(0, (0, 0, size, size))
+            ImageDraw.Draw(mask).ellipse((0, 0, size - 1, size - 1), fill=255)
+        image.paste(piece, tuple(int(v) for v in rng.integers(0, image.width - size, size=2)), mask)
 
 
 def _clutter(rng: np.random.Generator, image: Image.Image) -> None:
@@ -175,9 +246,10 @@ def _finish(rng: np.random.Generator, pixels: np.ndarray) -> np.ndarray:
     return np.clip(pixels + noise, 0, 255).astype(np.uint8)
 
 
-def _place(scene: Scene, rng: np.random.Generator, kind: str, name: str, split: str) -> None:
+def _place(scene: Scene, rng: np.random.Generator, kind: str, name: str, split: str, style: Style) -> None:
     """Draw one thing at a free random place and record it; a thing that finds no place is left out."""
-    stamp = {"shape": _shape_stamp, "digit": _digit_stamp, "word": _word_stamp}[kind](rng, name, scene.side, split)
+    stamp = {"shape": _shape_stamp, "digit": _digit_stamp, "word": _word_stamp}[kind]
+    stamp = stamp(rng, name, scene.side, split, style)
     height, width = stamp.alpha.shape
     spot = _free_spot(scene, rng, width, height)
     if spot is None:
@@ -186,7 +258,8 @@ def _place(scene: Scene, rng: np.random.Generator, kind: str, name: str, split: 
     thing = Thing(kind, name, color, (spot[0], spot[1], width, height))
     scene.things.append(thing)
     x, y = spot[0] - scene.origin[0], spot[1] - scene.origin[1]
-    _blend(scene.pixels[y : y + height, x : x + width], stamp.alpha, rng, color, plate=kind == "word")
+    plate = dict(style.plates).get(kind, 0.0)
+    _blend(scene.pixels[y : y + height, x : x + width], stamp.alpha, rng, color, plate)
     for label, place, part_x, part_y, part_w, part_h in stamp.parts:
         ink = stamp.alpha[part_y : part_y + part_h, part_x : part_x + part_w] > 96 if kind == "shape" else None
         _label(scene, (x + part_x, y + part_y, part_w, part_h), ink, label, color, place)
@@ -214,9 +287,9 @@ def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> bool
     )
 
 
-def _blend(region: np.ndarray, alpha: np.ndarray, rng: np.random.Generator, color: str, plate: bool) -> None:
-    """Paint `color` through `alpha` (h, w) into the float region (h, w, 3), sometimes on a dark plate for words."""
-    if plate and rng.random() < 0.5:
+def _blend(region: np.ndarray, alpha: np.ndarray, rng: np.random.Generator, color: str, plate: float) -> None:
+    """Paint `color` through `alpha` (h, w) into the float region (h, w, 3); on a dark plate with chance `plate`."""
+    if plate and rng.random() < plate:
         region *= 0.35
     rgb = np.array(COLORS[color], dtype=np.float32) + rng.uniform(-_JITTER, _JITTER, size=3)
     shade = np.linspace(*rng.uniform(0.9, 1.05, size=2), num=len(alpha), dtype=np.float32)[:, None, None]
@@ -241,9 +314,14 @@ def _label(
         layer[row0:row1, col0:col1][seen] = value
 
 
-def _shape_stamp(rng: np.random.Generator, name: str, side: int, split: str) -> _Stamp:
-    """A filled shape of 12-60 pixels (up to 44 in small windows), slightly stretched."""
-    size = float(np.exp(rng.uniform(np.log(13), np.log(44 if side < 200 else 60))))
+def _size(rng: np.random.Generator, sizes: tuple[float, float], small: float, side: int) -> float:
+    """A size between the two, small ones more often; at most `small` in windows under 200 pixels."""
+    return float(np.exp(rng.uniform(np.log(sizes[0]), np.log(small if side < 200 else sizes[1]))))
+
+
+def _shape_stamp(rng: np.random.Generator, name: str, side: int, split: str, style: Style = DIM) -> _Stamp:
+    """A filled shape, slightly stretched."""
+    size = _size(rng, style.shapes, style.shapes_small, side)
     width, height = (max(11, round(size * float(rng.uniform(0.88, 1.12)))) for _ in range(2))
     big = (width * _SUPERSAMPLE, height * _SUPERSAMPLE)
     mask = Image.new("L", big, 0)
@@ -288,14 +366,14 @@ _OUTLINES = {
 }
 
 
-def _digit_stamp(rng: np.random.Generator, name: str, side: int, split: str) -> _Stamp:
-    """A handwritten digit of its split, 24-64 pixels high, slightly turned and with its faint strokes strengthened.
+def _digit_stamp(rng: np.random.Generator, name: str, side: int, split: str, style: Style = DIM) -> _Stamp:
+    """A handwritten digit of its split, slightly turned and with its faint strokes strengthened.
 
     Training also stretches and slants it, to make more of its few samples.
     """
     samples = sources.digits(split)[int(name)]
     ink = Image.fromarray(samples[int(rng.integers(len(samples)))])
-    size = round(float(np.exp(rng.uniform(np.log(24), np.log(48 if side < 200 else 64)))))
+    size = round(_size(rng, style.digits, style.digits_small, side))
     ink = ink.resize((size, size), Image.Resampling.BICUBIC)
     if split == "train":
         ink = _slanted(ink, stretch=float(rng.uniform(0.85, 1.2)), slant=float(rng.uniform(-0.2, 0.2)))
@@ -314,10 +392,10 @@ def _slanted(ink: Image.Image, stretch: float, slant: float) -> Image.Image:
     return ink.transform(size, Image.Transform.AFFINE, to_source, Image.Resampling.BILINEAR)
 
 
-def _word_stamp(rng: np.random.Generator, name: str, side: int, split: str) -> _Stamp:
-    """A word in one of the fonts, 14-34 pixels (capitals are about 0.7 of that), with one part per letter."""
+def _word_stamp(rng: np.random.Generator, name: str, side: int, split: str, style: Style = DIM) -> _Stamp:
+    """A word in one of the fonts, with one part per letter."""
     family = sources.FONTS[int(rng.integers(len(sources.FONTS)))]
-    size = round(float(np.exp(rng.uniform(np.log(14), np.log(34)))))
+    size = round(_size(rng, style.letters, style.letters[1], side))
     size = max(14, min(size, int(size * (side - 6) / (sources.font(family, size).getlength(name) + 4))))
     font = sources.font(family, size)
     left, top, right, bottom = font.getbbox(name)
