@@ -17,6 +17,8 @@ VERSION = re.search(r'^__version__ = "([^"]+)"', read("apet/__init__.py"), re.MU
 
 SAMPLE = ["scikit-learn>=1.4", "scikit-image>=0.22", "matplotlib>=3.8"]
 MMBENCH = ["pandas>=2.1", "openpyxl>=3.1"]
+# To convert the two wheels of examples/sample_vlm/real; the lower bounds are what it was run with.
+REAL = ["onnx>=1.23", "onnxruntime>=1.32", "gguf>=0.19", *SAMPLE]
 # The formatter's output changes between releases, so ruff is the one pinned tool.
 TEST = ["pytest>=8.0", "hypothesis>=6.100", "ruff==0.17.5", *SAMPLE, *MMBENCH]
 
@@ -34,6 +36,7 @@ setup(
     extras_require={
         "test": TEST,
         "sample": SAMPLE,
+        "real": REAL,
         "mmbench": MMBENCH,
         "quant": ["bitsandbytes>=0.45"],
         "flash": ["flash-attn>=2.6"],

@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +57,17 @@ def main(argv: list[str] | None = None) -> None:
 
 def write_gqa(folder: Path, rng: np.random.Generator, scale: float = 1.0, split: str = "test") -> None:
     """`llava_gqa_testdev_balanced.jsonl`, `testdev_balanced_questions.json` and `images/`."""
+    scenes = (make_scene(rng, split) for _ in range(_count(GQA_IMAGES, scale)))
+    write_gqa_of(folder, ((scene, _varied(scene, rng, GQA_PER_IMAGE)) for scene in scenes))
+
+
+def write_gqa_of(folder: Path, asked: Iterable[tuple[Scene, list[q.Question]]]) -> None:
+    """The files of GQA for these pictures and questions."""
     rows, annotations = [], {}
-    for number in range(_count(GQA_IMAGES, scale)):
-        scene = make_scene(rng, split)
+    for number, (scene, questions) in enumerate(asked):
         image_id = f"n{number:06d}"
         _save(scene, folder / "images" / f"{image_id}.jpg")
-        for question in _varied(scene, rng, GQA_PER_IMAGE):
+        for question in questions:
             question_id = f"{20_000_000 + len(rows)}"
             rows.append(_row(question_id, f"{image_id}.jpg", question.text))
             annotations[question_id] = _gqa_entry(question, image_id)

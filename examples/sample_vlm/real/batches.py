@@ -61,10 +61,10 @@ def make_batch(seed: int, order: Order, chat: Chat) -> dict:
 
     Returns:
         pixels (B, side, side, 3) uint8; origins (B, 2) int64, first patch column and row on the full grid; shown
-        (B, 2, n, n) int64, kind and colour per patch; and for `region` > 0: ids, owner, offset (B, region) int64 (owner:
-        the question's number or -1, offset: place in its turn); places, targets, of (B, answers) int64 and weights
-        (B, answers) fp32 of the answer tokens (place in the region, id to predict there, question); types, a list of
-        the questions' type names per picture.
+        (B, 2, n, n) int64, kind and colour per patch; and for `region` > 0: ids, owner, offset (B, region) int64
+        (owner: the question's number or -1, offset: place in its turn); places, targets, of (B, answers) int64 and
+        weights (B, answers) fp32 of the answer tokens (place in the region, id to predict there, question); types, a
+        list of the questions' type names per picture.
     """
     rng = np.random.default_rng([seed, order.number, order.split == "test"])
     want = () if order.region else ("digit",)

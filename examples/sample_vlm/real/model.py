@@ -219,7 +219,7 @@ class RealVlm(nn.Module):
 
     @torch.no_grad()
     def right(self, batch: dict) -> Tensor:
-        """(B, answers) bool: the most likely token is the true one; greedy decoding is right where all of a turn's are."""
+        """(B, answers) bool: the likeliest token is the true one; a turn is right where all of its are."""
         hidden = self.read(self.see(batch["pixels"], batch["origins"]), batch)
         return self.logits(hidden).argmax(-1) == batch["targets"]
 

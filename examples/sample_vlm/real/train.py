@@ -4,11 +4,12 @@
     python -m examples.sample_vlm.real train --base tiny --out /tmp/dry --minutes 0.2      # dry run: no wheel, seconds
 
 The schedule runs on training time: phases and learning rates are functions of the share of `--minutes` that is spent,
-on a CPU as on a GPU. First the projector alone learns to put every patch near the words of what it shows; then projector
-and LoRA learn to answer, on windows of 168 pixels (144 tokens) and at last on 336 pixels (576 tokens).
+on a CPU as on a GPU. First the projector alone learns to put every patch near the words of what it shows; then
+projector and LoRA learn to answer, on windows of 168 pixels (144 tokens) and at last on 336 pixels (576 tokens).
 
-Killed at any time, the same command goes on from the last state. `--out` holds `state.pt` (all of it), `trained.safetensors`
-(fp16, what git holds; a run that has only this goes on from it with fresh optimiser moments) and `log.jsonl`.
+Killed at any time, the same command goes on from the last state. `--out` holds `state.pt` (all of it),
+`trained.safetensors` (fp16, what git holds; a run that has only this goes on from it with fresh optimiser moments) and
+`log.jsonl`.
 """
 
 import argparse

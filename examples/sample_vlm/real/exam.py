@@ -1,0 +1,32 @@
+"""The held-out questions as a benchmark: GQA's layout, pictures in the trained style, one question per picture.
+
+So the intervals of `apet.compare`, which draws questions one by one, are intervals over pictures.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from examples.sample_vlm import questions as q
+from examples.sample_vlm.benchmarks import write_gqa_of
+from examples.sample_vlm.real.batches import MIX
+from examples.sample_vlm.scenes import BRIGHT, Scene, make_scene
+
+SEED = 2026
+
+
+def held_out(seed: int) -> Iterator[tuple[Scene, np.random.Generator]]:
+    """Endless pictures of held-out photographs, digits and words, and the generator that may ask about the last."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield make_scene(rng, "test", style=BRIGHT), rng
+
+
+def write_exam(out: Path, pictures: int) -> None:
+    """`out/gqa` with so many questions."""
+    if (out / "gqa").exists():
+        raise SystemExit(f"{out / 'gqa'} is there already; name another folder with --out, or delete it")
+    (out / "gqa").mkdir(parents=True)
+    drawn = zip(range(pictures), held_out(SEED), strict=False)
+    write_gqa_of(out / "gqa", ((scene, q.ask(scene, rng, 1, MIX)) for _, (scene, rng) in drawn))
