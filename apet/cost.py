@@ -304,8 +304,10 @@ def _clip_dims(config: Any, crops: int) -> ModelDims:
     patches = (vision.image_size // vision.patch_size) ** 2
     select = config.vision_feature_layer
     needed = vision.num_hidden_layers + 1 + select if select < 0 else select
+    # DINOv2 has a ratio in its place.
+    mlp = vision.hidden_size * vision.mlp_ratio if vision.model_type == "dinov2" else vision.intermediate_size
     tower = TowerDims(
-        vision.num_hidden_layers, needed, vision.hidden_size, vision.intermediate_size, False, patches + 1, crops,
+        vision.num_hidden_layers, needed, vision.hidden_size, mlp, False, patches + 1, crops,
         3 * vision.patch_size**2, (patches + 1) ** 2,
     )  # fmt: skip
     video = config.model_type == "video_llava"

@@ -246,6 +246,13 @@ def _video_llava() -> Any:
     )  # fmt: skip
 
 
+_DINOV2 = {
+    "model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6, "image_size": 336,
+    "patch_size": 14,
+}  # fmt: skip
+_SMOLLM2 = _llama(576, 1536, 30, vocab=49216) | {
+    "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True,
+}  # fmt: skip
 _LLAVA = "LlavaForConditionalGeneration"
 PRESETS: Mapping[str, Preset] = {
     preset.name: preset
@@ -270,6 +277,10 @@ PRESETS: Mapping[str, Preset] = {
         Preset(
             "cpu-small", _LLAVA, _llava(_llama(768, 2048, 12, vocab=4096), _clip_tower(336, 384, 8)), 576, 64,
             _published(), _pictures(336),
+        ),
+        # The proportions of examples/sample_vlm/real: DINOv2 ViT-S/14 and SmolLM2-135M, grouped-query attention.
+        Preset(
+            "dinov2-smollm2", _LLAVA, _llava(_SMOLLM2, _DINOV2), 576, 64, _published(), _pictures(336),
         ),
         # For the tests: LLaVA of 25 visual tokens.
         Preset(
