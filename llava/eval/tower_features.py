@@ -36,6 +36,7 @@ class TowerFeatures:
         self._kept: dict[str, Tensor] = {}
         self._free = limit_bytes
 
+    @torch.no_grad()  # what is kept must not hold on to everything the tower computed
     def encode(self, model: Any, questions: Sequence[Shown]) -> TowerOutput:
         """The tower's output for a batch; a question without a picture gets zeros that no prompt shows.
 

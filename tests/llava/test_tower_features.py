@@ -124,3 +124,10 @@ def test_features_are_kept_up_to_the_bound_and_stay():
     for count in (4, 5):  # "c" finds no room and is encoded every time
         assert store.encode(model, again).features[:, 1, 0].tolist() == [2, 4, 1]
         assert model.encoded == count and store.known == {"a", "b"}
+
+
+def test_what_is_kept_holds_no_graph(loaded):
+    """A graph would keep everything that the tower computed for a picture: hundreds of times its features."""
+    answers(loaded.answerer(runnable("random", loaded), share_tower=True))
+    kept = list(loaded._features._kept.values())
+    assert kept and not any(features.requires_grad for features in kept)
