@@ -1,10 +1,10 @@
-"""Command line of the model of pretrained parts: `base`, `train`, `evaluate`, `assemble`, `ask`, `exam`."""
+"""Command line of the model of pretrained parts: `base`, `train`, `evaluate`, `assemble`, `ask`, `exam`, `grade`."""
 
 import argparse
 import json
 from pathlib import Path
 
-from examples.sample_vlm.real import ask, train, wheels
+from examples.sample_vlm.real import ask, grade, train, wheels
 from examples.sample_vlm.real.assemble import assemble
 from examples.sample_vlm.real.base import write_base
 from examples.sample_vlm.real.exam import write_exam
@@ -37,6 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     exam = commands.add_parser("exam", help="held-out questions in GQA's layout, for apet.compare")
     exam.add_argument("--out", type=Path, default=Path("runs/real/exam"))
     exam.add_argument("--pictures", type=int, default=600, help="each with one question")
+    grade.add_arguments(commands.add_parser("grade", help="accuracy with and without compression on held-out pictures"))
     return parser.parse_args(argv)
 
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.command == "exam":
         write_exam(args.out, args.pictures)
     else:
-        {"train": train.main, "evaluate": train.evaluate}[args.command](args)
+        {"train": train.main, "evaluate": train.evaluate, "grade": grade.main}[args.command](args)
 
 
 def make_model(args: argparse.Namespace) -> None:

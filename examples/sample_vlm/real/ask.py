@@ -76,11 +76,18 @@ def different(scene, rng: np.random.Generator) -> list[q.Question]:
 
 
 def budget(model: nn.Module, method: str, tokens: int) -> apet.ApetConfig:
-    """The method's own way to spend so many tokens, averaged over the layers."""
-    name, options = parse_method(method)
+    """The method's own way to spend so many tokens, averaged over the layers.
+
+    Raises:
+        SystemExit: An unknown method, or a budget it cannot reach.
+    """
     layers = model.config.text_config.num_hidden_layers
-    fields = get_method(name, **options).plan(tokens, model.config.image_seq_length, layers)
-    return apet.ApetConfig.from_dict(fields | {"method": name, "method_options": options})
+    try:
+        name, options = parse_method(method)
+        fields = get_method(name, **options).plan(tokens, model.config.image_seq_length, layers)
+        return apet.ApetConfig.from_dict(fields | {"method": name, "method_options": options})
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 @torch.inference_mode()

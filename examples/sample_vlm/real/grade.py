@@ -1,0 +1,156 @@
+"""Accuracy with and without compression on the held-out exam, many questions a picture: `grade`.
+
+A picture is compressed once per method and its cache asked every question, each in a row of its own. That gives the
+logits of an ordinary prompt for methods that do not look at the question (a test holds this); others are refused, and
+`apet.compare` serves them. An answer counts where greedy decoding would write exactly it and stop.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCache
+
+import apet
+from apet.adapters import host
+from apet.methods import get_method
+from examples.sample_vlm import questions as q
+from examples.sample_vlm.real.ask import budget
+from examples.sample_vlm.real.batches import MIX
+from examples.sample_vlm.real.chat import Chat
+from examples.sample_vlm.real.exam import SEED, held_out
+
+NONE = "none"
+DRAWS = 2000
+_READ_TEXT = {"text_embeddings", "clip_relevance"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is compared, on how much."""
+    parser.add_argument("--model", type=Path, default=Path("runs/real/model"), help="written by `assemble`")
+    parser.add_argument("--out", type=Path, default=Path("runs/real/grade.jsonl"), help="a line per picture; resumable")
+    parser.add_argument("--methods", default="random,apet,apet_plus,divprune", help="beside none")
+    parser.add_argument("--tokens", type=int, default=64, help="visual tokens averaged over the decoder layers")
+    parser.add_argument("--pictures", type=int, default=40)
+    parser.add_argument("--questions", type=int, default=12, help="per picture")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def main(args: argparse.Namespace) -> None:
+    """Grade what `--out` does not hold yet, and print the table."""
+    model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval().to(args.device)
+    methods = args.methods.split(",")
+    cells = {NONE: None} | {name: independent_of_questions(model, name, args.tokens) for name in methods}
+    settings = {name: getattr(args, name) for name in ("methods", "tokens", "questions")}
+    rows = finished(args.out, settings)
+    processor, chat = AutoProcessor.from_pretrained(args.model), Chat(args.model)
+    for number, (scene, rng) in enumerate(islice(held_out(SEED), args.pictures)):
+        asked = list({one.text: one for one in q.ask(scene, rng, 4 * args.questions, MIX)}.values())[: args.questions]
+        if number < len(rows):
+            continue
+        pixels = processor.image_processor(scene.pixels, return_tensors="pt")["pixel_values"]
+        right = {name: right_answers(model, chat, config, pixels, asked) for name, config in cells.items()}
+        rows.append({"types": [one.type for one in asked], "right": right})
+        with open(args.out, "a", encoding="utf-8") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        print(f"{number + 1} of {args.pictures} pictures", flush=True)
+    print(table(rows[: args.pictures]))
+
+
+def independent_of_questions(model: nn.Module, method: str, tokens: int) -> apet.ApetConfig:
+    """The method's configuration.
+
+    Raises:
+        SystemExit: It reads the question, which comes after the picture is compressed here.
+    """
+    config = budget(model, method, tokens)
+    chosen = get_method(config.method, **config.method_options)
+    read = [*chosen.needs("llm"), *(_READ_TEXT & chosen.needs("vision").keys())]
+    if read:
+        raise SystemExit(f"{method} asks for {', '.join(read)}, which the question decides: use apet.compare for it")
+    return config
+
+
+def finished(path: Path, settings: dict) -> list[dict]:
+    """The lines that are there; a new file gets its first line, the settings.
+
+    Raises:
+        SystemExit: The file was made with other settings.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(settings) + "\n", encoding="utf-8")
+    there, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if there != settings:
+        raise SystemExit(f"{path} was made with {there}, now it would be {settings}; give another --out")
+    return rows
+
+
+@torch.inference_mode()
+def right_answers(
+    model: nn.Module, chat: Chat, config: apet.ApetConfig | None, pixels: Tensor, asked: Sequence[q.Question]
+) -> list[bool]:
+    """Which questions about a picture (1, 3, H, W) are answered exactly, compressed by `config`."""
+    with nullcontext() if config is None else apet.patched(model, config):
+        logits, targets, own = asked_together(model, chat, pixels, asked)
+    return [bool((row[places].argmax(-1) == ids).all()) for row, places, ids in zip(logits, own, targets, strict=True)]
+
+
+def asked_together(
+    model: nn.Module, chat: Chat, pixels: Tensor, asked: Sequence[q.Question]
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Logits (questions, places, vocabulary) at all places of answer tokens, and per question its ids and its places.
+
+    Rows are filled up behind the answers, where nothing is read.
+    """
+    device = model.device
+    image = [model.config.image_token_index] * model.config.image_seq_length
+    head = torch.tensor([[*chat.prefix, *image]], device=device)
+    cache = DynamicCache(config=model.config.text_config)
+    model(input_ids=head, pixel_values=pixels.to(device), **host.with_cache(cache), logits_to_keep=1)
+    turns = [chat.turn(q.prompt_text(one)) for one in asked]
+    replies = [chat.answer(one.answer) for one in asked]
+    rows = [torch.tensor([*turn, *reply[:-1]]) for turn, reply in zip(turns, replies, strict=True)]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=chat.end).to(device)
+    places = [torch.arange(len(turn) - 1, len(row)) for turn, row in zip(turns, rows, strict=True)]
+    read = torch.cat(places).unique()
+    several = copy.deepcopy(cache)
+    several.batch_repeat_interleave(len(rows))
+    logits = model(input_ids=ids, **host.with_cache(several), logits_to_keep=read.to(device)).logits.cpu()
+    return logits, [torch.tensor(reply) for reply in replies], [torch.searchsorted(read, own) for own in places]
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Percent right per type, and over all with 95 % intervals from 2,000 draws of whole pictures."""
+    names = list(rows[0]["right"])
+    right = {name: np.array([sum(row["right"][name]) for row in rows], dtype=float) for name in names}
+    asked = np.array([len(row["types"]) for row in rows], dtype=float)
+    drawn = np.random.default_rng(0).integers(len(rows), size=(DRAWS, len(rows)))
+    lines = ["| | " + " | ".join(["questions", *names]) + " |", "|---" * (len(names) + 2) + "|"]
+    for kind in sorted({kind for row in rows for kind in row["types"]}):
+        lines.append(_line(kind, [_of(rows, name, kind) for name in names]))
+    lines.append(_line("all", [_of(rows, name, None) for name in names]))
+    for title, base in (("95 %", 0.0), ("above none", right[NONE])):
+        shares = {name: 100 * (right[name] - base)[drawn].sum(1) / asked[drawn].sum(1) for name in names}
+        bounds = [f"{low:.1f} .. {high:.1f}" for low, high in (np.quantile(s, [0.025, 0.975]) for s in shares.values())]
+        lines.append(f"| {title} | | " + " | ".join(bounds) + " |")
+    return "\n".join(lines)
+
+
+def _of(rows: Sequence[dict], name: str, kind: str | None) -> list[bool]:
+    """Marks of a method on the questions of a type, or on all."""
+    return [
+        mark for row in rows for mark, one in zip(row["right"][name], row["types"], strict=True) if kind in (None, one)
+    ]
+
+
+def _line(title: str, marks: Sequence[list[bool]]) -> str:
+    """A row of the table."""
+    return f"| {title} | {len(marks[0])} | " + " | ".join(f"{100 * np.mean(one):.1f}" for one in marks) + " |"
