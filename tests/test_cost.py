@@ -11,7 +11,7 @@ from apet.bench.presets import get_preset
 from apet.cost import Ceilings, ModelDims, decode_cost, prefill_cost, tokens_per_layer
 
 CPU = torch.device("cpu")
-NAMES = ("llava-1.5-7b", "llava-next-7b", "video-llava-7b", "qwen2.5-vl-7b")
+NAMES = ("llava-1.5-7b", "llava-next-7b", "video-llava-7b", "qwen2.5-vl-7b", "dinov2-smollm2")
 
 
 def counted(call) -> int:

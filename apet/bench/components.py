@@ -108,7 +108,8 @@ def tower_stops_early(model: nn.Module, call: Callable[[], Any]) -> bool:
     The hook sits on the layer's first part: a layer that is skipped is still called.
     """
     tower = tower_of(model)
-    last = [part for name, part in tower.named_modules() if name.rpartition(".")[0].endswith(("layers", "blocks"))][-1]
+    lists = ("layers", "layer", "blocks")  # as CLIP, DINOv2 and Qwen call them
+    last = [part for name, part in tower.named_modules() if name.rpartition(".")[0].endswith(lists)][-1]
     ran: list[bool] = []
     handle = next(last.children()).register_forward_pre_hook(lambda *_: ran.append(True))
     try:

@@ -8,6 +8,7 @@ from transformers import CompileConfig
 
 import apet
 from apet.bench import __main__ as program
+from apet.bench import prefill
 from apet.bench.comparison import Comparison
 from apet.bench.components import REST, TOTAL, layer_groups, marked
 from apet.bench.presets import get_preset
@@ -19,8 +20,11 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     ("name", "average"),
-    [("llava-1.5-7b", 64), ("llava-1.5-13b", 64), ("llava-next-7b", 320), ("qwen2.5-vl-7b", 259), ("cpu-small", 64)],
-)
+    [
+        ("llava-1.5-7b", 64), ("llava-1.5-13b", 64), ("llava-next-7b", 320), ("qwen2.5-vl-7b", 259), ("cpu-small", 64),
+        ("dinov2-smollm2", 64),
+    ],
+)  # fmt: skip
 def test_presets_spend_their_budget(name, average):
     preset = get_preset(name).shrunk()
     model = preset.build(CPU, torch.float32)
@@ -109,6 +113,15 @@ def test_what_cannot_be_is_one_line(words, message, capsys):
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_a_dinov2_tower_is_measured_too():
+    preset = get_preset("dinov2-smollm2").shrunk()
+    words = ["--device", "cpu", "--repeats", "1", "--warmup", "1", "--no_published", "--tflops", "1", "--gbytes", "1"]
+    args = program.parser("prefill").parse_args(words)
+    figures = prefill.measure(preset, preset.build(CPU, torch.float32), args)["batches"][0]
+    assert list(figures["calls"]) == ["none", "random", "apet"]
+    assert figures["calls"]["apet"]["predicted_ms"] < figures["calls"]["none"]["predicted_ms"]
 
 
 def test_all_variants_generate_as_many_tokens():

