@@ -1,7 +1,7 @@
 """Train the projector and the decoder's LoRA on generated pictures; the tower and the decoder stay as they are.
 
     python -m examples.sample_vlm.real train --base runs/real/base --out runs/real/run --minutes 8
-    python -m examples.sample_vlm.real train --base tiny --out /tmp/dry --minutes 0.2      # dry run: no wheel, seconds
+    python -m examples.sample_vlm.real train --base tiny --out runs/dry --minutes 0.2      # dry run: no wheel, seconds
 
 The schedule runs on training time: phases and learning rates are functions of the share of `--minutes` that is spent,
 on a CPU as on a GPU. First the projector alone learns to put every patch near the words of what it shows; then
