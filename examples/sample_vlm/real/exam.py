@@ -1,6 +1,6 @@
 """The held-out questions as a benchmark: GQA's layout, pictures in the trained style, one question per picture.
 
-So the intervals of `apet.compare`, which draws questions one by one, are intervals over pictures.
+Questions about one picture are right or wrong together, so as many pictures as questions say most.
 """
 
 from collections.abc import Iterator

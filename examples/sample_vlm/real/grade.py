@@ -20,6 +20,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 
 import apet
 from apet.adapters import host
+from apet.compare.bootstrap import Outcome, interval, resampled_scores
 from apet.methods import get_method
 from examples.sample_vlm import questions as q
 from examples.sample_vlm.real.ask import budget
@@ -28,7 +29,6 @@ from examples.sample_vlm.real.chat import Chat
 from examples.sample_vlm.real.exam import SEED, held_out
 
 NONE = "none"
-DRAWS = 2000
 _READ_TEXT = {"text_embeddings", "clip_relevance"}
 
 
@@ -128,18 +128,18 @@ def asked_together(
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Percent right per type, and over all with 95 % intervals from 2,000 draws of whole pictures."""
+    """Percent right per type, and over all with the 95 % intervals of `apet.compare`, which draws whole pictures."""
     names = list(rows[0]["right"])
-    right = {name: np.array([sum(row["right"][name]) for row in rows], dtype=float) for name in names}
-    asked = np.array([len(row["types"]) for row in rows], dtype=float)
-    drawn = np.random.default_rng(0).integers(len(rows), size=(DRAWS, len(rows)))
     lines = ["| | " + " | ".join(["questions", *names]) + " |", "|---" * (len(names) + 2) + "|"]
     for kind in sorted({kind for row in rows for kind in row["types"]}):
         lines.append(_line(kind, [_of(rows, name, kind) for name in names]))
     lines.append(_line("all", [_of(rows, name, None) for name in names]))
-    for title, base in (("95 %", 0.0), ("above none", right[NONE])):
-        shares = {name: 100 * (right[name] - base)[drawn].sum(1) / asked[drawn].sum(1) for name in names}
-        bounds = [f"{low:.1f} .. {high:.1f}" for low, high in (np.quantile(s, [0.025, 0.975]) for s in shares.values())]
+    pictures = tuple(str(number) for number, row in enumerate(rows) for _ in row["types"])
+    ids = tuple(map(str, range(len(pictures))))
+    outcomes = [Outcome(ids, np.array(_of(rows, name, None), dtype=float), pictures=pictures) for name in names]
+    scores = resampled_scores("exam", outcomes)
+    for title, values in (("95 %", scores), ("minus none", scores - scores[names.index(NONE)])):
+        bounds = [f"{low:.1f} .. {high:.1f}" for low, high in map(interval, values)]
         lines.append(f"| {title} | | " + " | ".join(bounds) + " |")
     return "\n".join(lines)
 
