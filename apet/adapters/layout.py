@@ -303,10 +303,8 @@ def layout_from_ids(
         [(number, item, size, first) for number, item in enumerate(known) for size, first in _parts(item)]
         for known in items
     ]
-    segments: list[Segment] = []
-    numbers: dict[tuple[int, int], int] = {}
-    owners: dict[tuple[int, int], int] = {}
-    cursor, before, count = [0] * len(items), [0] * len(items), 0
+    numbering = _Numbering(by_run)
+    cursor, before = [0] * len(items), [0] * len(items)
     for row in range(roles.shape[0]):
         cursor = list(before) if row % repeats else cursor
         before = list(cursor)
@@ -317,28 +315,49 @@ def layout_from_ids(
             part = cursor[kind]
             number, item, size, first = parts[kind][part] if part < len(parts[kind]) else (part, None, 0, 0)
             place = slice(start, start + size)
-            if (
-                not 0 < size <= len(columns)
-                or (kinds[row, place] != kind).any()
-                or columns[size - 1] != start + size - 1
-            ):
-                name = "video" if item is not None and item.video else "image"
-                raise ValueError(
-                    f"row {row} does not hold the {size} consecutive placeholders of {name} {number}; an image was cut "
-                    "in two (prefill_chunk_size splits prompts: leave it out) or images and prompts do not match"
-                )
-            if (kind, part) not in numbers:
-                if by_run and start == end:
-                    owners[kind, number] = segments[-1].item
-                elif (kind, number) not in owners:
-                    owners[kind, number], count = count, count + 1
-                numbers[kind, part] = len(segments)
-                segments.append(Segment(owners[kind, number], item.video, number, item.grid, item.crops))
-            roles[row, place] = numbers[kind, part]
+            whole = 0 < size <= len(columns) and columns[size - 1] == start + size - 1
+            if not whole or (kinds[row, place] != kind).any():
+                raise _cut(row, size, number, item)
+            roles[row, place] = numbering.of(kind, part, number, item, touches=start == end)
             if item.lines is not None:
                 lines[row, place] = item.lines[first : first + size]
             columns, cursor[kind], end = columns[size:], part + 1, start + size
-    return Layout(roles, lines if (lines != -1).any() else None, tuple(segments))
+    return Layout(roles, lines if (lines != -1).any() else None, tuple(numbering.segments))
+
+
+class _Numbering:
+    """Numbers the parts of items in the order in which prompts show them first, and so the items.
+
+    Args:
+        by_run: A part that touches the one before belongs to its item.
+    """
+
+    def __init__(self, by_run: bool) -> None:
+        self.segments: list[Segment] = []
+        self._by_run = by_run
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._owners: dict[tuple[int, int], int] = {}
+        self._items = 0
+
+    def of(self, kind: int, part: int, number: int, item: Item, touches: bool) -> int:
+        """Number of a part of item `number` of its kind."""
+        if (kind, part) not in self._numbers:
+            if self._by_run and touches:
+                self._owners[kind, number] = self.segments[-1].item
+            elif (kind, number) not in self._owners:
+                self._owners[kind, number] = self._items
+                self._items += 1
+            self._numbers[kind, part] = len(self.segments)
+            self.segments.append(Segment(self._owners[kind, number], item.video, number, item.grid, item.crops))
+        return self._numbers[kind, part]
+
+
+def _cut(row: int, size: int, number: int, item: Item | None) -> ValueError:
+    name = "video" if item is not None and item.video else "image"
+    return ValueError(
+        f"row {row} does not hold the {size} consecutive placeholders of {name} {number}; an image was cut in two "
+        "(prefill_chunk_size splits prompts: leave it out) or images and prompts do not match"
+    )
 
 
 def _parts(item: Item) -> Iterator[tuple[int, int]]:
