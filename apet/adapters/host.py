@@ -215,7 +215,7 @@ def layer_hidden(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 
 def with_hidden(args: tuple, kwargs: dict, hidden: Tensor) -> tuple[tuple, dict]:
     """A layer's arguments with another input."""
-    return ((hidden, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden})
+    return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
 
 def layer_rotary(kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -231,7 +231,7 @@ def with_layer_inputs(kwargs: dict, mask: Tensor | None, rotary: tuple[Tensor, T
     for packed sequences.
     """
     _expect("attention_mask" in kwargs, "a decoder layer is called without 'attention_mask'")
-    return kwargs | {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
+    return {**kwargs, "attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
 
 
 def run_layer(

@@ -143,7 +143,7 @@ class PromptPatch:
             )
         if kwargs.get("labels") is not None:
             raise ValueError("labels do not fit a shortened sequence; apet.remove_patch(model) before computing a loss")
-        return args, kwargs | {host.RESULTS: []}
+        return args, {**kwargs, host.RESULTS: []}
 
     def _leave_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         for result in kwargs[host.RESULTS]:
@@ -164,7 +164,8 @@ class PromptPatch:
         else:
             refuse_continuation(given, tokens, cache, state)
             forward.state = state
-        return args, {name: value for name, value in kwargs.items() if name not in _OWN} | {host.PASSED: forward}
+        own = {name: value for name, value in kwargs.items() if name not in _OWN}
+        return args, {**own, host.PASSED: forward}
 
     def _run(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         forward: Forward = kwargs[host.PASSED]
