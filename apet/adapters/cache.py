@@ -55,7 +55,10 @@ class PromptState:
 
     def group_of(self, layer: int) -> LayerGroup | None:
         """The group that holds `layer`, None where the text model's own values are right."""
-        return next((group for group in reversed(self.groups) if group.first <= layer), None)
+        for group in reversed(self.groups):
+            if group.first <= layer:
+                return group
+        return None
 
 
 def state_of(cache: Any) -> PromptState | None:

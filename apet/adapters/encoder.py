@@ -73,7 +73,7 @@ class EncoderPatch:
         forward, outer = self._forwards.top, self._encodings.top
         if outer is not None and outer.owner is forward:  # a video encoder may call the one for images
             return original(*args, **kwargs)
-        given = dict(zip(host.argument_names(original), args, strict=False)) | kwargs
+        given = host.by_name(host.argument_names(original), args) | kwargs
         encoding = Encoding(self._adapter.crop_layouts(given), forward, self._settings)
         if self._vision is not None:
             self._vision.check_images(len(encoding.layouts or given["pixel_values"]))

@@ -84,6 +84,11 @@ def argument_names(function: Callable) -> list[str]:
     return list(signature(function).parameters)
 
 
+def by_name(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
+    """Positional arguments by name."""
+    return dict(zip(names[: len(args)], args, strict=True))
+
+
 def _cache_name(known: Sequence[str], where: str) -> str:
     found = [name for name in _CACHE_NAMES if name in known]
     _expect(bool(found), f"{where} has no argument for the cache ({' or '.join(map(repr, _CACHE_NAMES))})")
@@ -145,7 +150,8 @@ def check_cache(seen: Cache | None, args: Sequence[Any], kwargs: Mapping[str, An
     Raises:
         UnknownHostError: The hooks missed the cache, or the layers did.
     """
-    given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+    caches = [value for value in (*args, *kwargs.values()) if isinstance(value, Cache)]
+    given = caches[0] if caches else None
     if seen is None and given is not None:
         _expect(cached_length(given) == 0, "its layers get a filled cache that its base model was not given by name")
     if seen is not None:
@@ -209,7 +215,7 @@ def full_mask(mask: Any) -> Any:
 
 def layer_hidden(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     """(B, L, D) what enters a layer of a decoder or of a tower: its first argument, or a keyword."""
-    _expect(bool(args) or "hidden_states" in kwargs, "a layer is called without 'hidden_states'")
+    _expect(len(args) > 0 or "hidden_states" in kwargs, "a layer is called without 'hidden_states'")
     return args[0] if args else kwargs["hidden_states"]
 
 

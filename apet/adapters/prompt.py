@@ -150,7 +150,7 @@ class PromptPatch:
             host.attach(output, CARRIED, result)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        given = dict(zip(self._base_names, args, strict=False)) | kwargs
+        given = host.by_name(self._base_names, args) | kwargs
         cache = host.cache_of(given)
         tokens = given["input_ids"] if given.get("input_ids") is not None else given.get("inputs_embeds")
         state = state_of(cache)
@@ -231,7 +231,7 @@ class PromptPatch:
         if group is None:
             return None
         mask, positions = self._decode_inputs(forward, group, inputs.embeds.shape[1])
-        return args, host.replaced_text_inputs(kwargs, inputs._replace(mask=mask, positions=positions))
+        return args, host.replaced_text_inputs(kwargs, host.TextInputs(inputs.embeds, mask, positions))
 
     # Host arithmetic and a method's own loops are nothing that torch.compile could make faster.
     @torch.compiler.disable
@@ -457,7 +457,7 @@ class PromptCount:
         return [self._adapter.base_model.register_forward_pre_hook(self._enter, with_kwargs=True)]
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        given = dict(zip(self._base_names, args, strict=False)) | kwargs
+        given = host.by_name(self._base_names, args) | kwargs
         ids, items, cache = given.get("input_ids"), given.get("visual_items"), host.cache_of(given)
         step = ids is not None and ids.shape[1] == 1
         if (ids is not None or items is not None) and not step and (cache is None or not host.cached_length(cache)):
