@@ -17,6 +17,7 @@ from tiny import IMAGE_ID, MIXED_ROWS, PATCHES, batch, images, left_pad, prompt,
 import apet
 from apet import ApetConfig
 from apet.adapters import host
+from apet.adapters.hooks import InFlight
 from apet.methods import get_method
 
 VISION = ApetConfig(visual_token_num=9, basis_token_num=3)
@@ -110,6 +111,14 @@ class TestStateGoesWithTheData:
             outer = model(**one(1))
             handle.remove()
         assert torch.equal(outer.logits, wanted[0]) and all(torch.equal(found, wanted[1]) for found in seen) and seen
+
+    def test_equal_things_in_flight_end_one_by_one(self):
+        flight = InFlight()
+        with flight.during(2):
+            with flight.during(2):
+                pass
+            assert flight.top == 2
+        assert flight.top is None
 
     def test_an_exception_leaves_nothing_in_flight(self, model):
         def fail(*_):

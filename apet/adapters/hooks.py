@@ -90,24 +90,17 @@ class InFlight:
         running = getattr(self._local, "running", None)
         return running[-1] if running else None
 
-    # torch.compile would keep what a thread notes here to the traced code.
-    @torch.compiler.disable
-    def push(self, one: Any) -> None:
-        """Begin `one`."""
-        self._local.running = [*getattr(self._local, "running", ()), one]
-
-    @torch.compiler.disable
-    def drop(self, one: Any) -> None:
-        """End `one`, and whatever inside it was not ended."""
-        running = getattr(self._local, "running", [])
-        while any(other is one for other in running):
-            running.pop()
-
     @contextmanager
     def during(self, one: Any) -> Iterator[Any]:
         """`one` is in flight inside the ``with`` block."""
-        self.push(one)
+        before = getattr(self._local, "running", ())
+        self._set((*before, one))
         try:
             yield one
         finally:
-            self.drop(one)
+            self._set(before)
+
+    # torch.compile would keep what a thread notes here to the traced code.
+    @torch.compiler.disable
+    def _set(self, running: tuple) -> None:
+        self._local.running = running
