@@ -1,5 +1,6 @@
 """Turn compression on and off for a transformers model: `apply_patch`, `remove_patch`, `patched`, `last_result`."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -50,6 +51,12 @@ def _unwrapped(model: Any) -> Any:
     return model
 
 
+def _forget_compiled() -> None:
+    """Let everything be compiled anew: code compiled before looks at no hooks. Nothing to do if nothing ever was."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 def apply_patch(model: nn.Module, config: ApetConfig) -> nn.Module:
     """Compress visual tokens in every later forward and `generate` of `model`, until `remove_patch`.
 
@@ -78,7 +85,7 @@ def apply_patch(model: nn.Module, config: ApetConfig) -> nn.Module:
     plan(adapter, config)
     remove_patch(inner)
     setattr(inner, _PATCH, _Patch(adapter, config))
-    torch.compiler.reset()  # code compiled before looks at no hooks
+    _forget_compiled()
     return model
 
 
@@ -88,7 +95,7 @@ def remove_patch(model: nn.Module) -> nn.Module:
     if patch is not None:
         patch.detach()
         delattr(_unwrapped(model), _PATCH)
-        torch.compiler.reset()
+        _forget_compiled()
     return model
 
 

@@ -16,9 +16,9 @@ from apet.bench.comparison import COLUMNS, Comparison
 from apet.bench.device import add_device_flags, chosen_device, described
 from apet.bench.output import table
 from apet.bench.prefill import add_model_flags
-from apet.bench.presets import Preset, get_preset
+from apet.bench.presets import Preset
 from apet.bench.timing import time_in_turns
-from apet.bench.variants import NONE, RANDOM, Variant, make_variants, parse_counts, runnable
+from apet.bench.variants import NONE, RANDOM, Variant, built, make_variants, parse_counts, runnable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +36,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: A flag that cannot be.
     """
-    device, dtype = chosen_device(args)
-    preset = get_preset(args.preset)
-    return measure(preset, preset.build(device, dtype, args.attn_implementation), args)
+    return measure(*built(args), args)
 
 
 @torch.inference_mode()
@@ -88,10 +86,9 @@ def _time_answers(
     around = {variant.name: variant.active for variant in variants}
     options = {"repeats": args.repeats, "warmup": args.warmup, "seconds": args.seconds}
     if args.compile:
-        # A compiled step belongs to the hooks it was traced with, so each variant stays patched and has its own turn.
+        # Patching forgets compiled steps, so each variant stays patched and has its own turn.
         times = {}
         for name, call in calls.items():
-            torch.compiler.reset()
             with around[name]():
                 times |= time_in_turns({name: call}, device, **options)
     else:
