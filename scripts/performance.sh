@@ -7,8 +7,7 @@
 #   ONLY      measure only these, separated by spaces, e.g. "compress growth"; tables of the others stay
 #   MODEL     checkpoint of the runner's measurement (default: the sample)
 #
-# Leave the machine alone meanwhile. On a GPU: once more with TRANSFORMERS_DISABLE_TORCH_CHECK=1 to see the prefill
-# without the wait of transformers' own check.
+# Leave the machine alone meanwhile.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/_env.sh

@@ -28,10 +28,10 @@ from apet.bench.device import (
     launch_cells,
 )
 from apet.bench.output import table
-from apet.bench.presets import PRESETS, Preset, get_preset
+from apet.bench.presets import PRESETS, Preset
 from apet.bench.shapes import AS_PUBLISHED
 from apet.bench.timing import FEWEST, Timing, time_in_turns
-from apet.bench.variants import NONE, RANDOM, Variant, make_variants, parse_counts, runnable
+from apet.bench.variants import NONE, RANDOM, Variant, built, make_variants, parse_counts, runnable
 from apet.cost import Ceilings, prefill_cost
 
 # Behind the name of a variant that runs as one captured graph.
@@ -64,9 +64,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: A flag that cannot be.
     """
-    device, dtype = chosen_device(args)
-    preset = get_preset(args.preset)
-    return measure(preset, preset.build(device, dtype, args.attn_implementation), args)
+    return measure(*built(args), args)
 
 
 @torch.inference_mode()

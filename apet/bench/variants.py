@@ -1,5 +1,6 @@
 """The ways of running one model that are timed side by side, and what must hold while one of them runs."""
 
+import argparse
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -11,7 +12,8 @@ from transformers import DynamicCache
 
 import apet
 from apet.adapters import host
-from apet.bench.presets import Preset
+from apet.bench.device import chosen_device
+from apet.bench.presets import Preset, get_preset
 from apet.bench.published_pipeline import MODEL_TYPES, PublishedPipeline
 from apet.bench.shapes import AS_PUBLISHED
 from apet.config import ApetConfig
@@ -96,6 +98,13 @@ class Variant:
             self.cache.reset()
             options |= host.with_cache(self.cache) | {"compile_config": apet.compile_config()}
         return self.model.generate(**inputs, **options)
+
+
+def built(args: argparse.Namespace) -> tuple[Preset, nn.Module]:
+    """The preset and model that a command's flags name."""
+    device, dtype = chosen_device(args)
+    preset = get_preset(args.preset)
+    return preset, preset.build(device, dtype, args.attn_implementation)
 
 
 def make_variants(

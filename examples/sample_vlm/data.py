@@ -5,18 +5,19 @@ starts with a lone space piece followed by the newline. `encode` does the same, 
 """
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaTokenizer
 
 from examples.sample_vlm import questions as q
 from examples.sample_vlm import tokenizer
 from examples.sample_vlm.model import IGNORE
+from examples.sample_vlm.orders import Orders
 from examples.sample_vlm.scenes import PATCH, Scene, make_scene, maybe_jpeg
 
 PREFIX_TEXT = tokenizer.SYSTEM + " USER: "
@@ -135,17 +136,6 @@ class Order:
     per_picture: int
 
 
-class _Orders(Sampler):
-    """Hands the trainer's wishes to the workers; ends when the trainer returns None."""
-
-    def __init__(self, next_order: Callable[[], Order | None]):
-        self.next_order = next_order
-
-    def __iter__(self) -> Iterator[Order]:
-        while (order := self.next_order()) is not None:
-            yield order
-
-
 class _Batches(Dataset):
     """Order in, batch out."""
 
@@ -161,7 +151,7 @@ def loader(seed: int, workers: int, next_order: Callable[[], Order | None]) -> D
     return DataLoader(
         _Batches(seed),
         batch_size=None,
-        sampler=_Orders(next_order),
+        sampler=Orders(next_order),
         num_workers=workers,
         prefetch_factor=2 if workers else None,
     )

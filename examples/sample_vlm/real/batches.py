@@ -5,14 +5,15 @@ right behind the picture, so it equals a single-turn prompt of its own (a test h
 """
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from examples.sample_vlm import questions as q
+from examples.sample_vlm.orders import Orders
 from examples.sample_vlm.real.chat import Chat
 from examples.sample_vlm.real.wordings import caption_turn, training_turn
 from examples.sample_vlm.scenes import BRIGHT, PATCH, Scene, make_scene, maybe_jpeg
@@ -117,17 +118,6 @@ def _next_turn(scene: Scene, rng: np.random.Generator, split: str, first: bool) 
     return question.type, *training_turn(question, rng), 1.0
 
 
-class _Orders(Sampler):
-    """Hands the trainer's wishes to the workers; ends when the trainer returns None."""
-
-    def __init__(self, next_order: Callable[[], Order | None]):
-        self.next_order = next_order
-
-    def __iter__(self) -> Iterator[Order]:
-        while (order := self.next_order()) is not None:
-            yield order
-
-
 class _Batches(Dataset):
     """Order in, batch and order out."""
 
@@ -145,7 +135,7 @@ def loader(seed: int, chat_folder, workers: int, next_order: Callable[[], Order 
     return DataLoader(
         _Batches(seed, chat_folder),
         batch_size=None,
-        sampler=_Orders(next_order),
+        sampler=Orders(next_order),
         num_workers=workers,
         prefetch_factor=2 if workers else None,
         pin_memory=pin,

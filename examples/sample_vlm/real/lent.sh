@@ -16,7 +16,7 @@ pack() {  # base folder, target folder
     local code=$2/code/examples/sample_vlm
     rm -rf "$2" && mkdir -p "$code" "$2"/s1 "$2"/s2 "$2"/s3 "$2"/s4
     echo '*' > "$2/.gitignore"
-    cp examples/sample_vlm/{__init__,sources,scenes,questions}.py "$code"
+    cp examples/sample_vlm/{__init__,sources,scenes,questions,orders}.py "$code"
     cp -r examples/sample_vlm/real "$code" && cp examples/sample_vlm/real/lent.sh "$2/code"
     tar c -C "$1" tokenizer tower/config.json decoder/config.json | gzip -9 > "$2/s1/light.tar.gz"
     tar c -C "$1" tokenizer tower decoder | gzip -1 > "$2/all.tgz"
