@@ -93,6 +93,10 @@ class TowerCall:
         """(C, N, heads, d) keys of every row, bias included."""
         return self._project(layer).keys.transpose(1, 2)[:, -self.shape[1] :]
 
+    def states(self, layer: int) -> Tensor:
+        """(C, N, D) what entered a layer, row by row."""
+        return self._inputs[layer % len(self._layers)][:, -self.shape[1] :]
+
     def asked_length(self, needs: Collection[str], unit: Unit) -> None:
         """Crops with equally many rows have inputs of one length."""
 
@@ -119,6 +123,9 @@ class _CropInputs:
 
     def vision_keys(self, layer: int) -> Tensor:
         return self._own(self.call.keys(layer)).transpose(1, 2)
+
+    def vision_states(self, layer: int) -> Tensor:
+        return self._own(self.call.states(layer))
 
     def vision_features(self) -> Tensor:
         return self._own(self.call.features)
