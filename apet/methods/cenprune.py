@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from apet.core.types import CompressedTokens
+from apet.methods._features import outlierness
 from apet.methods._greedy import greedy_max_min
 from apet.methods._options import check_choice
 from apet.methods._select import cosine, pruned, wide
@@ -58,9 +59,7 @@ class CenPrune(Method):
     def select(self, tokens: Tensor, keep: int, context: StageContext) -> CompressedTokens:
         """Keep the greedy set."""
         x = wide(tokens)
-        plain, n = cosine(x), x.shape[1]
-        common = (plain.sum(-1) - plain.diagonal(dim1=1, dim2=2)) / max(1, n - 1)
-        weight = min_max(-common)
+        weight = outlierness(x)
         similarity = cosine(x - x.mean(1, keepdim=True))
         if self.form == "divprune":
             picks = greedy_max_min(1 - similarity, keep, weight)
@@ -68,7 +67,7 @@ class CenPrune(Method):
             if self.relevance != "none":
                 weight = weight * self._relevance(tokens, context)
             kernel = weight.unsqueeze(1) * similarity * weight.unsqueeze(2)
-            picks = greedy_volume(kernel, keep, rank=min(n - 1, x.shape[-1])).picks
+            picks = greedy_volume(kernel, keep, rank=min(x.shape[1] - 1, x.shape[-1])).picks
         return pruned(tokens, picks.sort(dim=-1).values, weight)
 
     def _relevance(self, tokens: Tensor, context: StageContext) -> Tensor:

@@ -24,6 +24,8 @@ CASES = [
     ("apet_plus", "vision", {"normalise": "centre_unit", "merge": False, "quota": 0.0, "ridge": 0.01}),
     ("apet_plus", "vision", {"quota": 1.0, "start": "norm", "sinks": "keep", "similarity_floor": None}),
     ("apet_plus", "vision", {"text": 1.0}),
+    ("apet_plus", "vision", {"text": 0.5, "outlier": 1.0}),
+    ("apet_plus", "vision", {"normalise": "centre_unit", "outlier": 1.0}),
     ("apet_plus", "llm", {"text": 0.5, "rounds": 3, "quota": 0.7}),
     ("avg_pool", "vision", {}),
     ("avg_pool", "llm", {}),
