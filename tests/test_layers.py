@@ -45,6 +45,7 @@ LAYERS = (
     Layer("apet.patch", (*MODEL_SIDE, "apet.plan"), ("torch",)),
     Layer("apet.families", ("apet.config", "apet.adapters")),
     Layer("apet.cost", (*MODEL_SIDE, "apet.patch"), ("torch",)),
+    Layer("apet.api", (*LIBRARY, "apet.plan"), ("torch",)),
     Layer("apet.vis", ("apet",), ("torch", "PIL", "numpy")),
     Layer("apet.bench", ("apet",), ("torch", "transformers", "numpy", "tqdm", "PIL")),
     Layer("apet.compare", ("apet",), ("torch", "transformers", "numpy", "tqdm", "matplotlib")),
