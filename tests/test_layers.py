@@ -62,6 +62,7 @@ LAYERS = (
     Layer("apet.eval.metrics"),
     Layer("apet.eval.benchmarks", ("apet.eval.benchmarks", "apet.eval.metrics"), ("numpy", "pandas", "openpyxl")),
     Layer("llava", ("llava",), ("torch", "transformers")),  # the package file itself: re-exports
+    Layer("llava._unmixed"),
     Layer("llava.constants"),
     Layer("llava.mm_utils", ("llava.constants",), ("torch", "transformers", "PIL")),
     Layer("llava.conversation", ("llava.constants", "llava.mm_utils"), ("PIL",)),
