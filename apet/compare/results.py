@@ -1,6 +1,6 @@
 """From finished cells to rows: score, percent of the uncompressed model with its interval, rank, tokens, cost."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -9,6 +9,7 @@ from apet.compare.bootstrap import RESAMPLES, interval, resampled_scores
 from apet.compare.cost import Cost, Key
 from apet.compare.execute import Finished
 from apet.compare.plan import BASELINE, UNCOMPRESSED
+from apet.eval.metrics import mean
 
 AVERAGE = "average"
 Interval = tuple[float, float] | None
@@ -106,7 +107,7 @@ def _row(members: Sequence[Finished], values: np.ndarray, maximum: float, pictur
         method=first.cell.method,
         budget=first.cell.tokens,
         score=float(np.mean(scores)),
-        tokens=_mean(one.record["layer_averaged_tokens"] for one in members),
+        tokens=mean(one.record["layer_averaged_tokens"] for one in members),
         questions=first.score["n_questions"],
         pictures=pictures,
         seeds=len(members),
@@ -132,11 +133,11 @@ def _average_rows(tables: Sequence[Sequence[Row]]) -> list[Row]:
                 method=method,
                 budget=budget,
                 score=float(np.mean([100 * row.score / row.maximum for row in rows])),
-                tokens=_mean(row.tokens for row in rows),
+                tokens=mean(row.tokens for row in rows),
                 questions=sum(row.questions for row in rows),
                 pictures=sum(row.pictures for row in rows),
                 seeds=rows[0].seeds,
-                percent=_mean(row.percent for row in rows),
+                percent=mean(row.percent for row in rows),
                 resamples=np.mean([100 * row.resamples / row.maximum for row in rows], axis=0),
                 percent_resamples=np.mean([row.percent_resamples for row in rows], axis=0),
             )
@@ -190,8 +191,3 @@ def _ranked(rows: Sequence[Row]) -> list[Row]:
 
 def _ordered(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.budget is not None, -(row.budget or 0), row.rank or 0, row.method))
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    values = list(values)
-    return None if not values or None in values else float(np.mean(values))

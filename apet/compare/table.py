@@ -1,7 +1,7 @@
 """The comparison as text: Markdown for people, CSV for programs."""
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from apet.bench.timing import Timing
@@ -12,6 +12,7 @@ from apet.compare.execute import Finished
 from apet.compare.plan import UNCOMPRESSED, Skip
 from apet.compare.results import AVERAGE, Interval, Row
 from apet.eval.benchmarks.files import replacing
+from apet.tables import markdown_table, number
 
 _INTERVAL = "95 % (by picture)"
 _HEADER = ("method", "budget", "tokens", "score", "% of none", _INTERVAL, "rank", "above random", _INTERVAL, "seeds")
@@ -37,19 +38,19 @@ def markdown(
     """
     parts = [caption(finished), *(f"NOTE: {note}\n" for note in notes(finished))]
     measured = False
-    for number, (name, rows) in enumerate(tables.items()):
+    for place, (name, rows) in enumerate(tables.items()):
         title = name if name == AVERAGE else f"{name} ({rows[0].metric}, {_counts(rows[0])})"
-        lines = [_HEADER, *map(_cells, rows)]
-        if number == 0 and any(row.cost for row in rows):
+        lines: list[Sequence[str]] = [_HEADER, *map(_cells, rows)]
+        if place == 0 and any(row.cost for row in rows):
             measured = True
             costs = [_COST_HEADER, *(_cost_cells(row.cost) for row in rows)]
             lines = [(*line, *cost) for line, cost in zip(lines, costs, strict=True)]
-        parts.append(f"### {title}\n\n{_aligned(lines)}")
+        parts.append(f"### {title}\n\n{markdown_table(lines[0], lines[1:])}")
     parts.append(_LEGEND + (_COST_LEGEND if measured else ""))
     for name, rows in split.items():
-        cells = [(row.method, str(row.budget), _number(row.hard, 1), str(row.n_hard), _number(row.easy, 1),
+        cells = [(row.method, str(row.budget), number(row.hard, 1), str(row.n_hard), number(row.easy, 1),
                   str(row.n_easy)) for row in rows]  # fmt: skip
-        parts.append(f"### {name}, by difficulty\n\n{_aligned([_SPLIT_HEADER, *cells])}")
+        parts.append(f"### {name}, by difficulty\n\n{markdown_table(_SPLIT_HEADER, cells)}")
     if split:
         parts.append(_SPLIT_LEGEND)
     if skips:
@@ -77,7 +78,7 @@ def summary(tables: Mapping[str, Sequence[Row]], finished: Sequence[Finished]) -
     )
     header = ("method", *(f"{budget} tokens" for budget in budgets))
     return "\n".join([caption(finished), *(f"NOTE: {note}\n" for note in notes(finished)), title,
-                      _aligned([header, *lines])])  # fmt: skip
+                      markdown_table(header, lines)])  # fmt: skip
 
 
 def caption(finished: Sequence[Finished]) -> str:
@@ -158,13 +159,13 @@ def _counts(row: Row) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    score = _number(row.score, 2) + ("" if row.spread is None else f" ± {row.spread:.2f}")
+    score = number(row.score, 2) + ("" if row.spread is None else f" ± {row.spread:.2f}")
     return [
         row.method,
         "all" if row.method == UNCOMPRESSED else str(row.budget),
-        _number(row.tokens, 1),
+        number(row.tokens, 1),
         score,
-        _number(row.percent, 1),
+        number(row.percent, 1),
         _bounds(row.percent_interval, 1),
         "" if row.rank is None else str(row.rank),
         "" if row.difference is None else f"{row.difference:+.2f}",
@@ -178,11 +179,11 @@ def _cost_cells(cost: Cost | None) -> list[str]:
         return [""] * len(_COST_HEADER)
     return [
         _timing(cost.first_token),
-        _number(cost.first_token_none, 2, "x"),
-        _number(cost.first_token_random, 2, "x"),
+        number(cost.first_token_none, 2, "x"),
+        number(cost.first_token_random, 2, "x"),
         _timing(cost.rate),
-        _number(cost.rate_none, 2, "x"),
-        _number(cost.rate_random, 2, "x"),
+        number(cost.rate_none, 2, "x"),
+        number(cost.rate_random, 2, "x"),
         f"{cost.memory / 2**20:.1f}",
     ]
 
@@ -216,21 +217,8 @@ def _share(row: Row | None) -> str:
     return f"{row.percent:.1f} ({low:.1f} .. {high:.1f})"
 
 
-def _number(value: float | None, digits: int, unit: str = "") -> str:
-    return "" if value is None else f"{value:.{digits}f}{unit}"
-
-
 def _bounds(bounds: Interval, digits: int) -> str:
     return "" if bounds is None else f"{bounds[0]:.{digits}f} .. {bounds[1]:.{digits}f}"
-
-
-def _aligned(rows: Iterable[Sequence[str]]) -> str:
-    header, *lines = rows
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    table = [header, ["-" * width for width in widths], *lines]
-    return "".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |\n" for line in table
-    )
 
 
 def _grouped(skips: Sequence[Skip]) -> list[tuple[str, str, str]]:

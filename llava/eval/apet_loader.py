@@ -1,6 +1,6 @@
 """Checkpoints for the programs of `apet` that run whole models (`apet.compare`, `apet.vis`).
 
-They look for this module by its name; it holds what `apet.eval.loader` documents.
+They find this module by the entry point `apet.loaders` or beside `apet`; it has what `apet.eval.loader` documents.
 """
 
 import argparse
@@ -21,7 +21,10 @@ from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
 from llava.eval.program import add_compile_flag, add_model_flags, load_model
 from llava.eval.tower_features import TowerFeatures
 from llava.mm_utils import get_model_name_from_path
+from llava.model.multimodal_encoder.builder import resolve_vision_tower
 from llava.model.processors import FamilyProcessor, Inputs
+
+__all__ = ["LoadedFamily", "LoadedLlava", "add_flags", "load", "resolve_vision_tower"]
 
 # What a method's vision stage may ask for without a look into the tower.
 BEHIND_TOWER = {"text_embeddings", "vision_features"}

@@ -18,19 +18,18 @@ BASELINES = {"none", "random", "uniform", "grid", "avg_pool", "norm"}
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_methods_doc", ROOT / "scripts" / "make_methods_doc.py")
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_page_is_current(script):
-    message = "run python scripts/make_methods_doc.py"
-    assert script.PAGE.read_text(encoding="utf-8") == script.page(), message
+def test_the_pages_are_current(script, capsys):
+    assert script.main(["--check"]) == 0, capsys.readouterr().err
 
 
 def test_one_line_per_method(script):
-    named = re.findall(r"^\| `(\w+)` \|", script.page(), flags=re.MULTILINE)
+    named = re.findall(r"^\| `(\w+)` \|", script.methods_page(), flags=re.MULTILINE)
     assert named == method_names() * 2
 
 
