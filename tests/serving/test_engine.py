@@ -12,6 +12,8 @@ from engine import ROOT, SMALL, engine, in_model
 from families import END, IMAGE, START, VIDEO
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.encoder_budget import MultiModalBudget
 
 import apet
 from apet.adapters import adapter_for
@@ -211,6 +213,38 @@ def test_kept_tokens_and_embeddings_of_tiles_equal_those_of_the_patch_and_newlin
         columns = dataclasses.replace(record, all_newlines=True).kept_columns()
         assert len(columns) > len(record.kept_columns())  # some line is empty, its newline stays
         torch.testing.assert_close(torch.tensor(found), full[columns], rtol=1e-4, atol=1e-5)
+
+
+def watch(model):
+    """Let the engine's model note how many pictures every call of its encoder is given."""
+    original, model.batches = model.embed_multimodal, []
+
+    def embed(**inputs):
+        model.batches.append(len(inputs["pixel_values"]))
+        return original(**inputs)
+
+    model.embed_multimodal = embed
+
+
+def batches(model):
+    return model.batches
+
+
+def test_a_step_encodes_no_more_pictures_than_it_would_without_compression(folders):
+    settings = {"visual_token_num": 8}
+    prompt = {"prompt_token_ids": [1, 5, 32000, 9], "multi_modal_data": None}
+    pictures = [picture(336, 336, seed) for seed in range(7)]
+    with engine(folders["sample"], settings, max_num_batched_tokens=2 * 576 + 50) as llm:
+        prompt["prompt_token_ids"][2] = llm.llm_engine.model_config.hf_config.image_token_index
+        budget = MultiModalBudget(llm.llm_engine.vllm_config, MULTIMODAL_REGISTRY)
+        in_model(llm, watch)
+        outputs = llm.generate(
+            [prompt | {"multi_modal_data": {"image": one}} for one in pictures], GREEDY, use_tqdm=False
+        )
+        encoded = in_model(llm, batches)
+    assert len(outputs) == sum(encoded) == len(pictures) and max(encoded) == 2
+    # vLLM measures its memory with as many.
+    assert budget.mm_max_items_per_batch == {"image": 2}
 
 
 BAD = [

@@ -277,6 +277,7 @@ def test_settings_exchange_the_model(vllm, row):
     assert model._model_info == f"info of {row.registered}" and config.verified == 1
     assert plugin.settings_of(model.hf_config) == ApetConfig(visual_token_num=64)
     assert (model.multimodal_config.video_pruning_rate is None) == (row.position_mode == "compact")
+    assert config.ec_manager_config.encoder_cache_manager_cls == "apet.serving.encoder.EncoderBudget"
 
 
 def test_registering_twice_wraps_once(vllm):
@@ -292,6 +293,10 @@ def test_registering_twice_wraps_once(vllm):
     (LLAVA, {"encoder": "pixtral"}, "pixtral"),
     (QWEN, {"video_pruning_rate": 0.5}, "--video-pruning-rate 0.5"),
     (LLAVA, {"language_model_only": True}, "without images"),
+    (LLAVA, {"manager": "their.Manager"}, "encoder_cache_manager_cls='their.Manager'"),
+    (NEXT, {"graphs": True}, "goes around the compression"),
+    (QWEN, {"stages": 2}, "--pipeline-parallel-size 2"),
+    (QWEN, {"prompt_embeds": True}, "--enable-prompt-embeds"),
     (LLAVA, {"lora_config": SimpleNamespace(enable_tower_connector_lora=True)}, "adapters of the vision tower"),
 ])  # fmt: skip
 def test_engines_that_do_not_fit_are_refused_and_left_alone(vllm, architecture, multimodal, says):
