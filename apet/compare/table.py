@@ -10,6 +10,7 @@ from apet.compare.cost import ANSWER_TOKENS, ROUNDS, Cost
 from apet.compare.difficulty import SplitRow
 from apet.compare.execute import Finished
 from apet.compare.plan import UNCOMPRESSED, Skip
+from apet.compare.published import PUBLISHED, Agreement, agreement
 from apet.compare.rows import AVERAGE, Interval, Row
 from apet.eval.benchmarks.files import replacing
 from apet.tables import markdown_table, number
@@ -38,7 +39,7 @@ def markdown(
     Time and memory are in the first table: they are a method's and no benchmark's.
     """
     parts = [caption(finished), *(f"NOTE: {note}\n" for note in notes(finished))]
-    measured = False
+    measured, first = False, next(iter(tables.values()))
     for place, (name, rows) in enumerate(tables.items()):
         title = name if name == AVERAGE else f"{name} ({rows[0].metric}, {_counts(rows[0])})"
         lines: list[Sequence[str]] = [_HEADER, *map(_cells, rows)]
@@ -54,10 +55,20 @@ def markdown(
         parts.append(f"### {name}, by difficulty\n\n{markdown_table(_SPLIT_HEADER, cells)}")
     if split:
         parts.append(_SPLIT_LEGEND)
+    agreements = list(filter(None, (_agreement(budget, first) for budget in PUBLISHED)))
+    if agreements:
+        parts.append("### Against published results\n\n" + "\n".join(map(str, agreements)))
     if skips:
         lines = "".join(f"- {method} at {budgets}: {reason}\n" for method, budgets, reason in _grouped(skips))
         parts.append(f"Not run:\n\n{lines}")
     return "\n".join(parts)
+
+
+def _agreement(budget: int, rows: Sequence[Row]) -> Agreement | None:
+    """How the first table orders the methods of a budget, against published results."""
+    own = [row for row in rows if row.budget == budget and row.percent is not None]
+    resamples = {row.method: row.percent_resamples for row in own} if all(row.pictures > 1 for row in own) else None
+    return agreement(budget, {row.method: row.percent for row in own}, resamples)
 
 
 def summary(tables: Mapping[str, Sequence[Row]], finished: Sequence[Finished]) -> str:
