@@ -1,6 +1,7 @@
 """The two distributions of this tree, built as wheels, installed and used in an environment outside the checkout."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -22,8 +23,11 @@ PACKAGES = {"apet": "apet", "apet_llava": "llava"}
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    """Standard output of a command that must succeed."""
-    done = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, timeout=300)
+    """Standard output of a command that must succeed; what the tests add to Python's path is not there."""
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -104,7 +108,7 @@ def test_metadata_say_who_where_and_what(wheels, tmp_path):
 
 def test_needed_packages_are_those_of_the_scripts(alone, tmp_path):
     code = "import json; from importlib.metadata import requires; print(json.dumps(requires('apet')))"
-    needed = [one for one in json.loads(run(alone, "-I", "-c", code, cwd=tmp_path)) if "extra ==" not in one]
+    needed = [one for one in json.loads(run(alone, "-c", code, cwd=tmp_path)) if "extra ==" not in one]
 
     def canonical(line: str) -> tuple[str, frozenset[str]]:
         name, bounds = re.fullmatch(r"([\w-]+)(.*)", line).groups()
@@ -112,6 +116,11 @@ def test_needed_packages_are_those_of_the_scripts(alone, tmp_path):
 
     wanted = (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
     assert {canonical(one) for one in needed} == {canonical(one) for one in wanted}
+
+
+def test_the_command_line_is_installed(alone, tmp_path):
+    said = run(alone.parent / "apet", "--help", cwd=tmp_path)
+    assert said.startswith("usage: apet COMMAND") and said == run(alone, "-m", "apet", "--help", cwd=tmp_path)
 
 
 COMPRESS = """
@@ -123,7 +132,7 @@ print(json.dumps([list(kept.tokens.shape), home, importlib.util.find_spec("llava
 
 
 def test_apet_compresses_without_checkout_and_without_llava(alone, tmp_path):
-    assert json.loads(run(alone, "-I", "-c", COMPRESS, cwd=tmp_path)) == [[2, 6, 8], True, True]
+    assert json.loads(run(alone, "-c", COMPRESS, cwd=tmp_path)) == [[2, 6, 8], True, True]
 
 
 LOADERS = """
@@ -135,12 +144,12 @@ print(json.dumps([one.name, one.value, importlib.util.find_spec("llava").origin.
 
 
 def test_apet_llava_brings_the_loader_of_checkpoints(both, tmp_path):
-    found = json.loads(run(both, "-I", "-c", LOADERS, cwd=tmp_path))
+    found = json.loads(run(both, "-c", LOADERS, cwd=tmp_path))
     assert found == ["llava", "llava.eval.apet_loader", True]
 
 
 def test_the_published_programs_run_outside_the_checkout(both, tmp_path):
-    assert "--question-file" in run(both, "-I", "-m", "llava.eval.model_vqa_loader", "--help", cwd=tmp_path)
+    assert "--question-file" in run(both, "-m", "llava.eval.model_vqa_loader", "--help", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("last", ["apet-llava", "the other"])

@@ -16,8 +16,9 @@ from apet.eval.benchmarks import Question
 from apet.eval.scoring_cli import Parser
 from apet.methods import get_method
 from llava.conversation import new_conversation, plain_conv_mode
-from llava.eval.answerer import GenerationSettings, LlavaAnswerer, LlavaPreparer, PreparedQuestion
+from llava.eval.answerer import LlavaAnswerer, LlavaPreparer, PreparedQuestion
 from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
+from llava.eval.generation import GenerationSettings
 from llava.eval.program import add_compile_flag, add_model_flags, load_model
 from llava.eval.tower_features import TowerFeatures
 from llava.mm_utils import get_model_name_from_path
@@ -85,8 +86,9 @@ class LoadedLlava:
         inside = get_method(config.method, **config.method_options).needs("vision").keys() - BEHIND_TOWER
         features = self._features if share_tower and not inside else None
         return LlavaAnswerer(
-            self.model, self._preparer, self._generation, config, self.model_id, self._path, features, new_tokens
-        )
+            self.model, self._preparer, self._generation, config, self.model_id, self._path, new_tokens,
+            features=features,
+        )  # fmt: skip
 
     def prompt_length(self, question: Question) -> int:
         """Tokens of a question's prompt."""

@@ -22,8 +22,9 @@ from apet.eval.runner import check, merge_ranks, rank_options, run
 from apet.eval.scoring_cli import USER_ERRORS, Parser
 from apet.eval.server import ServerAnswerer
 from llava.conversation import new_conversation, plain_conv_mode
-from llava.eval.answerer import GenerationSettings, LlavaAnswerer, LlavaPreparer
+from llava.eval.answerer import LlavaAnswerer, LlavaPreparer
 from llava.eval.family_answerer import FRAMES, FamilyAnswerer, FamilyPreparer
+from llava.eval.generation import GenerationSettings
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.model.processors import FamilyProcessor, Limits

@@ -21,8 +21,9 @@ from apet.eval.images import ImageError, open_file, open_picture
 from apet.eval.scoring_cli import Parser, run
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import new_conversation, resolve_conv_mode
-from llava.eval.answerer import GenerationSettings, place_images
+from llava.eval.answerer import place_images
 from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
+from llava.eval.generation import GenerationSettings
 from llava.eval.lengths import context_of, crops_of, room_of_prompt
 from llava.eval.program import add_model_flags, load_model
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token

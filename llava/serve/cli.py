@@ -12,7 +12,7 @@ from apet.eval.prompts import PromptError
 from apet.eval.scoring_cli import Parser, run
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import new_conversation, resolve_conv_mode
-from llava.eval.answerer import GenerationSettings
+from llava.eval.generation import GenerationSettings
 from llava.eval.lengths import context_of, crops_of, room_of_prompt
 from llava.eval.program import add_model_flags, load_model
 from llava.eval.run_llava import insert_images, load_image

@@ -21,8 +21,8 @@ from apet.eval.cli import add_compression_flags, config_from_flags
 from apet.eval.prompts import PromptError
 from apet.eval.scoring_cli import Parser
 from llava.eval import apet_loader, eval_pope, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run_llava
-from llava.eval.answerer import CompiledDecoding, GenerationSettings
 from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
+from llava.eval.generation import CompiledDecoding, GenerationSettings
 from llava.eval.program import main
 from llava.model.builder import load_pretrained_model
 from llava.model.processors import Limits, load_processor

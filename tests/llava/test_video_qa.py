@@ -20,8 +20,8 @@ from apet.eval.images import ImageError, Pictures
 from apet.eval.runner import merge_chunks
 from apet.eval.videos import Clip, frame_indices, read_clip
 from llava.eval import video_qa
-from llava.eval.answerer import GenerationSettings
 from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
+from llava.eval.generation import GenerationSettings
 from llava.eval.program import main
 from llava.model.builder import load_pretrained_model
 from llava.model.processors import Limits, load_processor

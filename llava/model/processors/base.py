@@ -60,6 +60,11 @@ class Inputs:
     room: int | None = None
     draw: str = ""
 
+    @property
+    def has_image(self) -> bool:
+        """Whether the prompt shows an image or a video."""
+        return self.pictures > 0
+
 
 @dataclass(frozen=True)
 class Encoded:
