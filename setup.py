@@ -43,6 +43,7 @@ setup(
         "vllm": ["vllm>=0.32,<0.33"],
     },
     entry_points={
+        "lmms_eval.models": ["apet = apet.harness:lmms_eval_manifests"],
         "vllm.general_plugins": ["apet = apet.serving.plugin:register"],
         "vllm.endpoint_plugins": ["apet = apet.serving.route:SettingsRoute"],
     },
