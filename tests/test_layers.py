@@ -48,7 +48,8 @@ LAYERS = (
     Layer("apet.families", ("apet.config", "apet.adapters")),
     Layer("apet.cost", (*MODEL_SIDE, "apet.patch"), ("torch",)),
     Layer("apet.api", (*LIBRARY, "apet.plan"), ("torch",)),
-    Layer("apet.vis", ("apet",), ("torch", "PIL", "numpy")),
+    Layer("apet.harness", ("apet.api", "apet.harness"), ("lmms_eval",)),
+    Layer("apet.vis", ("apet",), ("torch", "numpy", "matplotlib")),
     Layer("apet.bench", ("apet",), ("torch", "transformers", "numpy", "tqdm", "PIL")),
     Layer("apet.compare", ("apet",), ("torch", "transformers", "numpy", "tqdm")),
     Layer(

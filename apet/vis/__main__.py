@@ -20,7 +20,7 @@ from apet.eval.images import open_images
 from apet.eval.loader import LoadedModel, add_loader_flag, run_program
 from apet.eval.scoring_cli import Parser
 from apet.methods import get_method, parse_method
-from apet.vis.draw import draw
+from apet.vis.draw import FORMATS, check_output, draw
 from apet.vis.trace import MethodTrace, listening, trace
 
 _EXAMPLES = """examples:
@@ -38,7 +38,7 @@ def parser(loader: ModuleType | None = None) -> Parser:
     flags.add_argument("--question", default="What is in the image?", help="what the model is asked")
     flags.add_argument("--methods", help="separated by commas, or all (default: --method)")
     flags.add_argument("--tokens", type=int, help="averaged over the layers, as each method was published; or budgets")
-    flags.add_argument("--out", help="the picture (default: <image>.vis.png); the data is <out>.npz")
+    flags.add_argument("--out", help=f"the picture, {', '.join(FORMATS)} (default: <image>.vis.png); the data is .npz")
     add_loader_flag(flags)
     if loader is not None:
         loader.add_flags(flags)
@@ -53,6 +53,8 @@ def visualise(args: argparse.Namespace, loader: ModuleType) -> None:
         ValueError: An image that cannot be read (`ImageError`), or no method that can run with these budgets.
     """
     methods = parse_methods(args.methods or args.method)
+    out = user_path(args.out or f"{Path(args.image).stem}.vis.png")
+    check_output(out)
     question = Question(0, args.question, args.question, args.image)
     images = open_images(question, "")
     loaded: LoadedModel = loader.load(args)
@@ -67,7 +69,6 @@ def visualise(args: argparse.Namespace, loader: ModuleType) -> None:
         raise ValueError("; ".join(refused))
     for line in refused:
         print(f"left out {line}", file=sys.stderr)
-    out = user_path(args.out or f"{Path(args.image).stem}.vis.png")
     _write(out, image, loaded.grid, traces, args.question)
     print(f"{out}\n{out.with_suffix('.npz')}")
 
@@ -109,7 +110,7 @@ def _trace(
 
 def _write(out: Path, image: np.ndarray, grid: tuple[int, int], traces: Sequence[MethodTrace], question: str) -> None:
     with replacing(out) as temporary:
-        draw(image, grid, traces, question).save(temporary, format="PNG")
+        draw(image, grid, traces, question).savefig(temporary, format=out.suffix[1:].lower())
     arrays = {"image": image, "grid": np.array(grid), "question": np.array(question)}
     arrays["methods"] = np.array([one.method for one in traces])
     for one in traces:
