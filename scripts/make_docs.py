@@ -35,11 +35,11 @@ _NEEDS = """
 What the needs mean (shapes in `apet/methods/context.py`), with the layers they are read from: layers of the vision
 tower count from its end or start (-2, 5), those of the decoder from the stage (0: the layer about to run, -1: the one
 before). Text is the prompt behind the image. What comes from the decoder, text included, every family has;
-`cls_attention` and `vision_keys` need a CLIP tower whose patches become tokens one by one (LLaVA-1.5, LLaVA-NeXT,
-Video-LLaVA), `vision_features` any tower in front of a LLaVA projector, and `clip_relevance` CLIP's text tower, which
-no checkpoint holds. A method that asks for what its model does not have is refused with the reason. On images of
-several crops (anyres) a method that reads text chooses from all crops together, with the budget of a crop times the
-crops.
+`cls_attention`, `vision_keys` and `vision_states` need a tower with a class token (CLIP, DINOv2) whose patches become
+tokens one by one (LLaVA-1.5, LLaVA-NeXT, Video-LLaVA), `vision_features` any tower in front of a LLaVA projector, and
+`clip_relevance` CLIP's text tower, which no checkpoint holds. A method that asks for what its model does not have is
+refused with the reason. On images of several crops (anyres) a method that reads text chooses from all crops together,
+with the budget of a crop times the crops.
 
 ## Options and budgets
 
@@ -60,7 +60,9 @@ def methods_page() -> str:
 
 
 def _row(method) -> str:
-    paper = f"{method.paper}, [{method.arxiv}](https://arxiv.org/abs/{method.arxiv})" if method.arxiv else "baseline"
+    paper = method.paper or "baseline"
+    if method.arxiv:
+        paper += f", [{method.arxiv}](https://arxiv.org/abs/{method.arxiv})"
     needs = [
         name + (f" ({', '.join(map(str, layers))})" if layers else "")
         for stage in method.stages

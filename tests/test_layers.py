@@ -47,6 +47,7 @@ LAYERS = (
     Layer("apet.patch", (*MODEL_SIDE, "apet.plan"), ("torch",)),
     Layer("apet.families", ("apet.config", "apet.adapters")),
     Layer("apet.cost", (*MODEL_SIDE, "apet.patch"), ("torch",)),
+    Layer("apet.api", (*LIBRARY, "apet.plan"), ("torch",)),
     Layer("apet.vis", ("apet",), ("torch", "PIL", "numpy")),
     Layer("apet.bench", ("apet",), ("torch", "transformers", "numpy", "tqdm", "PIL")),
     Layer("apet.compare", ("apet",), ("torch", "transformers", "numpy", "tqdm")),
@@ -69,6 +70,7 @@ LAYERS = (
     Layer("apet.eval.metrics"),
     Layer("apet.eval.benchmarks", ("apet.eval.benchmarks", "apet.eval.metrics"), ("numpy", "pandas", "openpyxl")),
     Layer("llava", ("llava",), ("torch", "transformers")),  # the package file itself: re-exports
+    Layer("llava._unmixed"),
     Layer("llava.constants"),
     Layer("llava.mm_utils", ("llava.constants",), ("torch", "transformers", "PIL")),
     Layer("llava.conversation", ("llava.constants", "llava.mm_utils"), ("PIL",)),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from apet import plots
 from apet.compare.plan import UNCOMPRESSED
-from apet.compare.results import AVERAGE, Row
+from apet.compare.rows import AVERAGE, Row
 
 
 @dataclass(frozen=True)

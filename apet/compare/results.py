@@ -1,7 +1,7 @@
 """From finished cells to rows: score, percent of the uncompressed model with its interval, rank, tokens, cost."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,57 +9,9 @@ from apet.compare.bootstrap import RESAMPLES, interval, resampled_scores
 from apet.compare.cost import Cost, Key
 from apet.compare.execute import Finished
 from apet.compare.plan import BASELINE, UNCOMPRESSED
+from apet.compare.rows import AVERAGE, Row
+from apet.compare.significance import with_p_values
 from apet.eval.metrics import mean
-
-AVERAGE = "average"
-Interval = tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method at a budget, on one benchmark or on average; seeds are pooled.
-
-    Attributes:
-        benchmark: Name of the task, or "average".
-        metric: What the score is.
-        method: Registered name.
-        budget: Tokens asked for; None for the uncompressed model.
-        score: Mean over the seeds; on average the mean over the benchmarks of the score in percent of `maximum`.
-        spread: Standard deviation of the score over seeds; None with fewer than two.
-        score_interval: 95 % interval of the score itself.
-        percent: Percent of the uncompressed score; on average the mean percentage.
-        percent_interval: Its 95 % interval.
-        difference: Score minus that of random selection at the same budget, in points.
-        difference_interval: Its 95 % interval.
-        rank: 1 for the best at this budget; equal values share the better rank.
-        tokens: Visual tokens per question averaged over layers, as measured.
-        seeds: Number of seeds; 1 for methods that do not draw.
-        questions: Questions scored.
-        pictures: Pictures they are about: the units that intervals are resampled by.
-        maximum: The best score there is.
-        cost: Time and memory, of the method on some questions of all benchmarks; None if they were not measured.
-    """
-
-    benchmark: str
-    metric: str
-    method: str
-    budget: int | None
-    score: float
-    tokens: float | None
-    questions: int
-    pictures: int
-    seeds: int
-    maximum: float = 100.0
-    cost: Cost | None = None
-    spread: float | None = None
-    score_interval: Interval = None
-    percent: float | None = None
-    percent_interval: Interval = None
-    difference: float | None = None
-    difference_interval: Interval = None
-    rank: int | None = None
-    resamples: np.ndarray = field(default=None, repr=False, compare=False)
-    percent_resamples: np.ndarray = field(default=None, repr=False, compare=False)
 
 
 def rows_of(
@@ -76,7 +28,8 @@ def rows_of(
         tables = {AVERAGE: _average_rows(list(tables.values())), **tables}
     return {
         name: [
-            replace(row, cost=(costs or {}).get((row.method, row.budget))) for row in _ordered(_ranked(_compared(rows)))
+            replace(row, cost=(costs or {}).get((row.method, row.budget)))
+            for row in _ordered(with_p_values(_ranked(_compared(rows))))
         ]
         for name, rows in tables.items()
     }

@@ -10,6 +10,7 @@ import numpy as np
 from torch import nn
 
 import apet
+import llava._unmixed  # noqa: F401  here too, where another `llava` has replaced `llava/__init__.py`
 from apet.adapters import adapter_for
 from apet.eval.benchmarks import Question
 from apet.eval.scoring_cli import Parser

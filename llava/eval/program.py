@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+import llava._unmixed  # noqa: F401  here too, where another `llava` has replaced `llava/__init__.py`
 from apet.eval.answerer import Answerer
 from apet.eval.benchmarks import Benchmark, Question, get_benchmark
 from apet.eval.benchmarks.video_qa import VideoQa

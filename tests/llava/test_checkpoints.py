@@ -863,6 +863,28 @@ class TestTrainedParts:
         assert result.new == expected.new != recorded(V15)["new_token_ids"]
         torch.testing.assert_close(result.logits, expected.logits, atol=1e-4, rtol=0)
 
+    @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+    @pytest.mark.parametrize("rank_stabilised", [False, True])
+    def test_lora_equals_what_peft_merges(self, base, parts, rank_stabilised):
+        """An adapter that peft made and saved: ranks and alphas of its own for some layers."""
+        peft = pytest.importorskip("peft", reason="the extra `test` has it")
+        config = peft.LoraConfig(
+            r=4, lora_alpha=6, use_rslora=rank_stabilised, target_modules=["q_proj", "k_proj", "up_proj"],
+            rank_pattern={"layers.1.mlp.up_proj": 2}, alpha_pattern={"k_proj": 3, "0.mlp.up_proj": 9},
+            init_lora_weights=False,
+        )  # fmt: skip
+        path = parts({"non_lora_trainables.bin": self.projector("base_model.model.")})
+        theirs = peft.get_peft_model(transformers.LlamaForCausalLM.from_pretrained(base), config)
+        theirs.save_pretrained(path)
+        merged = theirs.merge_and_unload().state_dict()
+        state, plain = load(path, model_base=str(base))[1].state_dict(), load(TINY / V15)[1].state_dict()
+        changed = 0
+        for name, value in merged.items():
+            key = name.replace("model.", "model.language_model.")
+            torch.testing.assert_close(state[key], value, atol=1e-6, rtol=0)
+            changed += not torch.equal(value, plain[key])
+        assert changed == 6  # three layers of two blocks
+
     def test_lora_without_trained_projector_takes_the_bases(self, parts, folder):
         """A base that is a LLaVA itself."""
         base = folder(target="llava-base")

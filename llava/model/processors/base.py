@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from apet import ApetConfig
-from apet.adapters.vision import budget_for
+from apet.adapters.stages import budget_for
 from apet.eval.prompts import around_images
 from llava.conversation import new_conversation
 
