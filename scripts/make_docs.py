@@ -1,6 +1,7 @@
 """Write the pages that follow from the code: ``python scripts/make_docs.py [--check]``.
 
-docs/methods.md and docs/families.md follow from the registries, data/README.md from the table of data files.
+docs/methods.md and docs/families.md follow from the registries, docs/options.md from the fields of the configuration
+and of the methods, data/README.md from the table of data files.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 import _checkout  # noqa: F401
 
 from apet import families
+from apet.config import ApetConfig, attribute_texts
 from apet.eval.data_check import DATA, layout_table
 from apet.methods import get_method, method_names
 from apet.tables import markdown_table
@@ -90,6 +92,62 @@ def _budget(method, average: int) -> str:
     return ", ".join(stages + [f"{layer}: {count}" for layer, count in pairs]) or "all"
 
 
+_OPTIONS = """# Compression settings
+
+Written by `python scripts/make_docs.py` from the fields of `apet.ApetConfig` and of the methods; do not edit by hand.
+
+The same names are fields of `apet.ApetConfig`, of its JSON form (`--additional-config` of a vLLM server), and of the
+programs: the common ones have a flag, all others and the options of the method are given as
+`--apet name=value,name=value`. Values are numbers, words, true, false or none; lists are literals such as '[8, 16]'.
+
+| field | in the programs | type | default | meaning |
+|---|---|---|---|---|
+"""
+
+_METHOD_OPTIONS = """
+## Options of the methods
+
+`--method apet_plus:quota=0`, `--apet quota=0` and `ApetConfig(method_options={"quota": 0})` are the same. Methods that
+are not listed have none. `--apet size_bias=true` is the field above, which every method has.
+
+| method | option | default | meaning |
+|---|---|---|---|
+"""
+
+
+def options_page() -> str:
+    """docs/options.md."""
+    texts = attribute_texts(ApetConfig)
+    lines = []
+    for field in dataclasses.fields(ApetConfig):
+        spelled = f"`--{field.name}`" if field.metadata.get("flag") else f"`--apet {field.name}=`"
+        if field.name == "method_options":
+            spelled = "see below"
+        default = "none set" if field.default is dataclasses.MISSING else f"`{_value(field.default)}`"
+        lines.append(_table_line(f"`{field.name}`", spelled, _type_name(field.type), default, texts[field.name]))
+    methods = [get_method(name) for name in method_names()]
+    options = [
+        _table_line(f"`{one.name}`", f"`{option.name}`", f"`{_value(option.default)}`", text)
+        for one in methods
+        for option, text in _described(one)
+    ]
+    return _OPTIONS + "".join(lines) + _METHOD_OPTIONS + "".join(options)
+
+
+def _described(method) -> list[tuple[dataclasses.Field, str]]:
+    texts = attribute_texts(type(method))
+    return [(field, texts[field.name]) for field in dataclasses.fields(method)]
+
+
+def _type_name(annotation) -> str:
+    name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
+    return f"`{name.replace('typing.', '').replace('collections.abc.', '')}`"
+
+
+def _table_line(*cells: str) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |\n"
+
+
 _CHECKPOINTS = (
     ("`llava-v1.5-7b`", "liuhaotian/llava-v1.5-7b", "`scripts/llava1_5`"),
     ("`llava-v1.6-vicuna-7b`", "liuhaotian/llava-v1.6-vicuna-7b", "`scripts/llava1_6`"),
@@ -145,6 +203,7 @@ checkpoint is taken from the hub.
 
 PAGES: Mapping[str, Callable[[], str]] = {
     "docs/methods.md": methods_page,
+    "docs/options.md": options_page,
     "docs/families.md": families.page,
     "data/README.md": data_page,
 }

@@ -1,7 +1,4 @@
-"""Say what is there of benchmarks and checkpoints, and what is missing: ``apet check-data --benchmarks gqa,pope``.
-
-The exit status is 0 if everything that was asked for is complete, else 1.
-"""
+"""Say what is there of benchmarks and checkpoints, and what is missing: ``apet check-data``."""
 
 import argparse
 import json
@@ -16,6 +13,12 @@ from apet.eval.scoring_cli import Parser
 from apet.tables import markdown_table
 
 _SCRIPTED = [entry.name for entry in DATA if entry.script]
+_ABOUT = """Say what is there of benchmarks and checkpoints, and what is missing.
+
+The exit status is 0 if everything that was asked for is complete, else 1."""
+_EXAMPLES = """examples:
+  apet check-data --benchmarks gqa,pope
+  apet check-data --data data/sample/eval --benchmarks gqa --any-size --model data/sample/model/llava-v1.5-sample"""
 _HUB = "the hub; the scripts expect data/model/<name>"
 
 
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The program's flags."""
-    flags = Parser(prog="apet check-data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags = Parser(prog="apet check-data", description=_ABOUT, epilog=_EXAMPLES)
     flags.add_argument("--data", default=os.environ.get("DATA", "data/eval"), help="folder of the benchmarks")
     flags.add_argument("--benchmarks", help=f"separated by commas (default: {','.join(_SCRIPTED)})")
     flags.add_argument("--model", action="append", default=[], help="a checkpoint folder too; may be repeated")

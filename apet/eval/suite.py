@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from apet.config import ApetConfig
 from apet.eval.chunks import Chunk, make_chunks, run_chunks, unfinished_count
 from apet.eval.recipes import FAMILIES, Family, Place, Recipe, Step, recipe
 from apet.eval.scoring_cli import Parser
@@ -34,9 +35,9 @@ _EXAMPLES = """examples:
   VISUAL_TOKEN_NUM=100 LAYER_LIST='[8,16]' IMAGE_TOKEN_LIST='[50,20]' apet eval llava1_5 textvqa
 
 Other flags go to the program that answers (python -m llava.eval.model_vqa_loader --help). The variable in brackets sets
-a flag, too. Further variables set the program's flags of their names: VISUAL_TOKEN_NUM, VIDEO_TOKEN_NUM,
-IMAGE_TOKEN_RATIO, LAYER_LIST, IMAGE_TOKEN_LIST, IMAGE_TOKEN_RATIO_LIST, BASIS_TOKEN_NUM, BATCH_SIZE, NUM_WORKERS,
-DTYPE, DEVICE, CONV_MODE. PYTHON is the interpreter of the programs."""
+a flag, too. Further variables set the program's flags of their names: VISUAL_TOKEN_NUM, IMAGE_TOKEN_RATIO,
+LAYER_LIST, IMAGE_TOKEN_LIST, IMAGE_TOKEN_RATIO_LIST, BASIS_TOKEN_NUM, BATCH_SIZE, NUM_WORKERS,
+DTYPE, DEVICE, CONV_MODE; VIDEO_TOKEN_NUM sets --apet video_token_num. PYTHON is the interpreter of the programs."""
 
 
 def parser() -> Parser:
@@ -184,10 +185,17 @@ def _budget(family: Family, tokens: str, args: argparse.Namespace) -> tuple[list
         if changed:
             values = "".join(one for one in f"v{vision}-l{layers}-t{llm}-b{basis}" if one not in "[] ")
             name = f"{args.method}-{values.replace(',', '+')}"
-    flags = ["--layer_list", layers, f"--{family.llm_flag}", llm, "--basis_token_num", basis, "--method", args.method]
-    if args.compat:
-        flags += ["--compat", args.compat]
-    return ([f"--{family.vision_flag}", vision] if vision else []) + flags, name
+    settings = {
+        family.vision_flag: vision, "layer_list": layers, family.llm_flag: llm, "basis_token_num": basis,
+        "method": args.method, "compat": args.compat,
+    }  # fmt: skip
+    return [word for one, value in settings.items() if value for word in _flag(one, value)], name
+
+
+def _flag(setting: str, value: str) -> list[str]:
+    """A setting of `ApetConfig` as the answering program takes it."""
+    own = ApetConfig.__dataclass_fields__[setting].metadata.get("flag")
+    return [f"--{setting}", value] if own else ["--apet", f"{setting}={value}"]
 
 
 def check_inputs(run: Run, model: str) -> None:

@@ -40,7 +40,7 @@ from apet.methods.base import (
     register,
     selector,
 )
-from apet.methods.variant import parse_method
+from apet.methods.variant import parse_method, parse_options
 
 __all__ = [
     "INPUTS",
@@ -66,6 +66,7 @@ __all__ = [
     "none",
     "norm",
     "parse_method",
+    "parse_options",
     "prumerge_plus",
     "pyramiddrop",
     "random",

@@ -24,8 +24,7 @@ from apet.vis.draw import FORMATS, check_output, draw
 from apet.vis.trace import MethodTrace, listening, trace
 
 _EXAMPLES = """examples:
-  apet vis cat.jpg --model-path data/model/llava-v1.5-7b --methods apet,random --tokens 64
-  apet vis cat.jpg --model-path data/model/llava-v1.5-7b --visual_token_num 96 --question 'What colour is it?'"""
+  apet vis cat.jpg --model-path data/model/llava-v1.5-7b --methods apet,random --tokens 64"""
 
 
 def parser(loader: ModuleType | None = None) -> Parser:

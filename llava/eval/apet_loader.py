@@ -19,7 +19,7 @@ from llava.conversation import new_conversation, plain_conv_mode
 from llava.eval.answerer import LlavaAnswerer, LlavaPreparer, PreparedQuestion
 from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
 from llava.eval.generation import GenerationSettings
-from llava.eval.program import add_compile_flag, add_model_flags, load_model
+from llava.eval.program import add_decoding_flags, add_model_flags, load_model
 from llava.eval.tower_features import TowerFeatures
 from llava.mm_utils import get_model_name_from_path
 from llava.model.multimodal_encoder.builder import resolve_vision_tower
@@ -34,12 +34,7 @@ BEHIND_TOWER = {"text_embeddings", "vision_features"}
 def add_flags(parser: Parser) -> None:
     """Checkpoint, prompt and decoding."""
     add_model_flags(parser)
-    parser.add_argument("--conv-mode", type=str, default="vicuna_v1", help="prompt template")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=None)
-    parser.add_argument("--num_beams", type=int, default=1)
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    add_compile_flag(parser)
+    add_decoding_flags(parser, 0.0, 128, "vicuna_v1")
 
 
 def load(args: argparse.Namespace) -> "LoadedLlava | LoadedFamily":

@@ -308,8 +308,8 @@ def test_loaders_for_comparisons(checkpoint):
         ([], {"visual_token_num": None, "video_token_num": None}),
         (["--visual_token_num", "576"], {"visual_token_num": 576}),
         (["--image_token_ratio", "0.3"], {"visual_token_num": None, "image_token_ratio": 0.3}),
-        (["--video_token_num=22", "--video-budget-per", "clip"], {"video_token_num": 22, "video_budget_per": "clip"}),
-        (["--budget-per", "prompt", "--image-token-ratio", "0.3"], {"budget_per": "prompt"}),
+        (["--apet=video_token_num=22,video_budget_per=clip"], {"video_token_num": 22, "video_budget_per": "clip"}),
+        (["--apet", "budget_per=prompt", "--image-token-ratio", "0.3"], {"budget_per": "prompt"}),
     ],
 )
 def test_budget_flags(flags, fields):

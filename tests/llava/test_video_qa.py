@@ -183,10 +183,10 @@ def test_pyav_is_asked_for(tmp_path, monkeypatch):
 # --- every family -----------------------------------------------------------------------------------------------------
 
 BUDGETS = {
-    "video_llava": ["--video_token_num", "6", "--basis_token_num", "2"],
+    "video_llava": ["--apet", "video_token_num=6", "--basis_token_num", "2"],
     "internvl": ["--visual_token_num", "5", "--basis_token_num", "2"],
 }
-CLIP_BUDGET = ["--video_token_num", "7", "--video_budget_per", "clip", "--basis_token_num", "2"]
+CLIP_BUDGET = ["--apet", "video_token_num=7,video_budget_per=clip", "--basis_token_num", "2"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

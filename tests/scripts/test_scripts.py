@@ -317,7 +317,7 @@ def test_published_budgets(family, name):
 
 def test_the_published_accounting_has_the_published_flags():
     command = commands("llava1_6/pope", COMPAT="published")[0]
-    assert flag(command, "--image_token_list") == "[64]" and flag(command, "--compat") == "published"
+    assert flag(command, "--image_token_list") == "[64]" and flag(command, "--apet") == "compat=published"
 
 
 def test_everything_comes_from_the_environment():
