@@ -40,7 +40,7 @@ class Clip:
 
 
 def find_video(path: str | Path) -> Path:
-    """The file itself, or the first of `EXTENSIONS` that makes it one.
+    """The file itself, or the file with the first of `EXTENSIONS` that there is.
 
     Raises:
         ImageError: There is none.
@@ -81,7 +81,7 @@ def read_clip(path: str | Path, count: int) -> Clip:
 
 @lru_cache(maxsize=4)
 def _read(file: Path, count: int, _changed: int) -> Clip:
-    """As `read_clip`; remembered, because questions about one video follow each other."""
+    """`read_clip` of a file; clips are remembered, because questions about one video follow each other."""
     import av
 
     try:
