@@ -65,7 +65,7 @@ def read_clip(path: str | Path, count: int) -> Clip:
         count: Frames wanted.
 
     Raises:
-        ImageError: No file, a file without a picture in it, or one that cannot be decoded to its end.
+        ImageError: No file, a file without a picture in it, one that was cut off, or one that cannot be decoded.
         ImportError: PyAV is missing.
     """
     if importlib.util.find_spec("av") is None:
