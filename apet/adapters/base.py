@@ -15,7 +15,7 @@ from apet.adapters.layout import Item, Layout, square
 from apet.adapters.vision import ImageLayout
 from apet.config import FAMILY_PRESETS, FamilyPreset
 
-_IN_TOWER = ("cls_attention", "vision_keys")
+_IN_TOWER = ("cls_attention", "vision_keys", "vision_states")
 _IN_LAYER = ("attention_row", "text_attention", "keys", "text_keys")
 
 

@@ -15,7 +15,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from apet.adapters.vision import ImageRecord, VisionStage
 from apet.serving.counts import image_tokens
 from apet.serving.plugin import settings_of
-from apet.serving.processing import CompressedInfo, KeyedProcessor
+from apet.serving.processing import KeyedProcessor, MeasuredInfo
 from apet.serving.settings import image_selector, served
 
 
@@ -30,8 +30,10 @@ def attach_vision_stage(model: Any) -> VisionStage:
     return stage
 
 
-class Info(CompressedInfo, LlavaProcessingInfo):
+class Info(MeasuredInfo, LlavaProcessingInfo):
     """An image of fewer tokens."""
+
+    whole = LlavaProcessingInfo
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         total = super().get_num_image_tokens(image_width=image_width, image_height=image_height)

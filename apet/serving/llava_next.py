@@ -20,7 +20,7 @@ from apet.adapters import host
 from apet.adapters.vision import ImageLayout, ImageRecord
 from apet.serving.counts import tiled_image_tokens
 from apet.serving.llava import attach_vision_stage
-from apet.serving.processing import CompressedInfo, KeyedProcessor
+from apet.serving.processing import KeyedProcessor, MeasuredInfo
 
 
 @lru_cache(maxsize=4096)
@@ -50,8 +50,10 @@ def image_layout(config: Any, height: int, width: int) -> ImageLayout:
     return _layout(height, width, pinpoints, config.vision_config.image_size, config.vision_config.patch_size)
 
 
-class Info(CompressedInfo, LlavaNextProcessingInfo):
+class Info(MeasuredInfo, LlavaNextProcessingInfo):
     """An image of fewer tokens."""
+
+    whole = LlavaNextProcessingInfo
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         return tiled_image_tokens(self.apet_config, image_layout(self.get_hf_config(), image_height, image_width))

@@ -12,6 +12,7 @@ from apet.serving.settings import KEY, SERVED, Served, check_family, read_settin
 
 # On the checkpoint's config, which vLLM hands to the processes that lay out prompts.
 _ATTRIBUTE = "apet_settings"
+_ENCODER_BUDGET = "apet.serving.encoder.EncoderBudget"
 
 
 def register() -> None:
@@ -55,6 +56,7 @@ def configure(vllm_config: Any) -> None:
     model_config._model_info, model_config._architecture = model_config.registry.inspect_model_cls(
         [row.registered], model_config
     )
+    vllm_config.ec_manager_config.encoder_cache_manager_cls = _ENCODER_BUDGET
     if row.position_mode == "keep":
         # vLLM asks a model for corrected M-RoPE positions only while its own pruning of videos is on; our class does
         # the pruning itself and never reads the rate.
@@ -68,23 +70,57 @@ def settings_of(hf_config: Any) -> ApetConfig:
 
 def _check_engine(vllm_config: Any, row: Served) -> None:
     """Raise ValueError for engine options that would prune twice, bypass the model or count tokens otherwise."""
-    model_config, lora = vllm_config.model_config, vllm_config.lora_config
-    if lora is not None and lora.enable_tower_connector_lora:
-        raise ValueError(
-            f"additional_config[{KEY!r}]: adapters of the vision tower or projector (--enable-tower-connector-lora) "
-            "are not possible, as vLLM derives their lengths from the tokens in the prompt; leave out the flag"
-        )
-    if row.architecture == "LlavaForConditionalGeneration":
-        kind = model_config.hf_config.vision_config.model_type
-        if kind == "pixtral":
-            raise ValueError(
-                f"additional_config[{KEY!r}]: LLaVA with a {kind} encoder is not served, only CLIP or SigLIP"
-            )
-    multimodal = model_config.multimodal_config
-    if multimodal is None or multimodal.language_model_only:
-        raise ValueError(f"additional_config[{KEY!r}]: the engine runs the language model alone, without images")
-    if multimodal.video_pruning_rate:
-        raise ValueError(
-            f"additional_config[{KEY!r}] and --video-pruning-rate {multimodal.video_pruning_rate} both prune videos; "
-            "leave out the latter"
-        )
+    for wrong, sentence in [*_objections(vllm_config), *_objections_to(row, vllm_config)]:
+        if wrong:
+            raise ValueError(f"additional_config[{KEY!r}]: {sentence}")
+
+
+def _objections(vllm_config: Any) -> list[tuple[bool, str]]:
+    """Options that no model can be served with: whether they are set, and what to say then."""
+    lora, multimodal = vllm_config.lora_config, vllm_config.model_config.multimodal_config
+    rate = None if multimodal is None else multimodal.video_pruning_rate
+    manager = vllm_config.ec_manager_config.encoder_cache_manager_cls
+    return [
+        (
+            lora is not None and lora.enable_tower_connector_lora,
+            "adapters of the vision tower or projector (--enable-tower-connector-lora) are not possible, as vLLM "
+            "derives their lengths from the tokens in the prompt; leave out the flag",
+        ),
+        (
+            multimodal is None or multimodal.language_model_only,
+            "the engine runs the language model alone, without images",
+        ),
+        (bool(rate), f"ApET and --video-pruning-rate {rate} both prune videos; leave out the latter"),
+        (
+            manager is not None,
+            f"encoder_cache_manager_cls={manager!r} would replace the manager by which ApET counts what it encodes; "
+            "leave it out",
+        ),
+        (
+            vllm_config.compilation_config.cudagraph_mm_encoder,
+            "an encoder in CUDA graphs (cudagraph_mm_encoder) goes around the compression; leave it out",
+        ),
+    ]
+
+
+def _objections_to(row: Served, vllm_config: Any) -> list[tuple[bool, str]]:
+    """Options that this model cannot be served with."""
+    model_config, stages = vllm_config.model_config, vllm_config.parallel_config.pipeline_parallel_size
+    encoder = model_config.hf_config.vision_config.model_type
+    moves = row.position_mode == "keep"
+    return [
+        (
+            row.family == "llava" and encoder == "pixtral",
+            f"LLaVA with a {encoder} encoder is not served, only CLIP or SigLIP",
+        ),
+        (
+            moves and stages > 1,
+            f"{row.family} cannot be cut into pipeline stages (--pipeline-parallel-size {stages}), because only the "
+            "first one learns which positions the kept tokens have; use --tensor-parallel-size",
+        ),
+        (
+            moves and model_config.enable_prompt_embeds,
+            f"{row.family} takes no prompts of embeddings (--enable-prompt-embeds), which would come without "
+            "positions; leave out the flag",
+        ),
+    ]

@@ -1,7 +1,9 @@
 """M-RoPE positions of shortened prompts: which a picture's tokens keep, and where the text behind it goes on.
 
-Positions travel as channels of the embeddings, in their precision. Each is therefore split into two parts below 256,
-which bfloat16 holds exactly.
+An engine lays positions out before it encodes a picture, so it cannot know yet which tokens survive. `prompt_positions`
+gives the text its final positions and leaves a mark in every column of a picture: where the picture starts. The
+embeddings bring the survivors' positions inside the picture along, as channels in their own precision, and `fill_marks`
+turns marks into positions, chunk by chunk. Nothing is searched for: the marks stand where the engine's spans are.
 """
 
 from collections.abc import Sequence
@@ -10,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-CHANNELS = 8  # time, height, width and extent, in two parts each
+CHANNELS = 6  # time, height and width, in two parts each
+# Channels are exact in bfloat16 up to this.
 _BASE = 256
 
 
@@ -25,37 +28,68 @@ def extent(grid: Sequence[int], tempo: float) -> int:
 
 
 def grid_positions(grid: Sequence[int], tempo: float) -> Tensor:
-    """(tokens, 4) int64 time, height and width of a picture's tokens, as if it stood first, and its extent."""
+    """(tokens, 3) int64 time, height and width of a picture's tokens, as if it stood first."""
     axes = np.indices(tuple(grid)).reshape(3, -1)
     axes[0] = (axes[0] * tempo).astype(np.int64)
-    return torch.from_numpy(np.column_stack([axes.T, np.full(axes.shape[1], extent(grid, tempo))]))
+    return torch.from_numpy(axes.T.copy())
 
 
 def to_channels(positions: Tensor) -> Tensor:
-    """(tokens, 8) parts of positions (tokens, 4) below 65,536."""
+    """(tokens, 6) parts of positions (tokens, 3) below 65,536."""
     return torch.cat([positions // _BASE, positions % _BASE], dim=1)
 
 
 def from_channels(channels: Tensor) -> Tensor:
-    """(tokens, 4) float32 positions of channels (tokens, 8) of any floating dtype."""
-    high, low = channels.float().chunk(2, dim=1)
+    """(tokens, 3) int64 positions of channels (tokens, 6) of any floating dtype."""
+    high, low = channels.long().chunk(2, dim=1)
     return high * _BASE + low
 
 
-def prompt_positions(length: int, spans: Sequence[tuple[int, int]], extents: Sequence[int]) -> tuple[np.ndarray, int]:
-    """Positions (length,) int64 of a prompt and the one behind it.
+def prompt_positions(length: int, spans: Sequence[tuple[int, int]], extents: Sequence[int]) -> tuple[Tensor, int]:
+    """Positions (3, length) int64 of a prompt, and the position behind it.
 
-    Those of text are final. A picture's are all its first one: which of its tokens survive is known when it is encoded.
+    A column of a picture that starts at position p and takes e of them is marked (-1 - p, p + e, 0).
 
     Args:
         length: Tokens of the prompt.
         spans: (first column, columns) of the pictures, in order.
         extents: Positions each picture takes.
     """
-    parts, done, position = [], 0, 0
+    positions, done, position = np.empty((3, length), dtype=np.int64), 0, 0
     for (start, columns), taken in zip(spans, extents, strict=True):
-        text = start - done
-        parts += [np.arange(position, position + text), np.full(columns, position + text)]
-        position, done = position + text + taken, start + columns
-    parts.append(np.arange(position, position + length - done))
-    return np.concatenate(parts).astype(np.int64), position + length - done
+        positions[:, done:start] = np.arange(position, position + start - done)
+        position, done = position + start - done, start + columns
+        positions[:, start:done] = np.array([[-1 - position], [position + taken], [0]])
+        position += taken
+    positions[:, done:] = np.arange(position, position + length - done)
+    return torch.from_numpy(positions), position + length - done
+
+
+def fill_marks(positions: Tensor, marks: Tensor, computed: int, offsets: Sequence[Tensor]) -> tuple[Tensor, int]:
+    """Positions with those of embeddings that enter the prompt now, and the position behind the prompt.
+
+    Args:
+        positions: (3, length) int64; columns that were filled before stay as they are.
+        marks: (3, length) int64 as `prompt_positions` laid them out, at least from `computed` on.
+        computed: Columns of the prompt that lie behind the engine already (chunks before, or a prefix hit).
+        offsets: Per picture (rows, 3) int64 positions inside it, for the first marked columns from `computed` on.
+
+    Raises:
+        ValueError: More rows than marked columns.
+    """
+    last = marks[:, -1].tolist()
+    end = last[0] + 1 if last[0] >= 0 else last[1]
+    if not offsets:
+        return positions, end
+    inside = torch.cat(list(offsets))
+    columns = computed + torch.nonzero(marks[0, computed:] < 0).flatten()
+    if len(columns) < len(inside):
+        raise ValueError(
+            f"{len(inside)} embeddings enter a prompt that has {len(columns)} columns of pictures from column "
+            f"{computed} on; this vLLM hands over positions otherwise than the tested ones"
+        )
+    columns = columns[: len(inside)]
+    filled, old = inside.T - 1 - marks[0, columns], positions[:, columns]
+    positions = positions.clone()
+    positions[:, columns] = torch.where(old[0] < 0, filled, old)
+    return positions, end

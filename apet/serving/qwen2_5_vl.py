@@ -20,12 +20,21 @@ from vllm.model_executor.models.qwen2_5_vl import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import PromptReplacement
 from vllm.platforms import current_platform
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from apet.methods import selector
 from apet.methods.base import Selector
 from apet.serving.counts import image_tokens, video_blocks
 from apet.serving.plugin import settings_of
-from apet.serving.positions import CHANNELS, extent, from_channels, grid_positions, prompt_positions, to_channels
+from apet.serving.positions import (
+    CHANNELS,
+    extent,
+    fill_marks,
+    from_channels,
+    grid_positions,
+    prompt_positions,
+    to_channels,
+)
 from apet.serving.processing import CompressedInfo, KeyedProcessor
 from apet.serving.settings import image_selector, served
 
@@ -123,21 +132,22 @@ class ApetQwen2_5_VL(Qwen2_5_VLForConditionalGeneration):  # noqa: N801 - the fa
         return torch.cat([rows, to_channels(positions).to(rows.dtype)], dim=1)
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list) -> tuple[Tensor, int]:
-        """Positions (3, L) of a prompt: those of text are final, a picture's are all its first one."""
+        """Positions (3, L) of a prompt: those of text are final, a picture's columns are marked."""
         features = sorted(mm_features, key=lambda feature: feature.mm_position.offset)
         spans = [(feature.mm_position.offset, feature.mm_position.length) for feature in features]
         extents = [extent(grid, tempo) for _, *grid, tempo in self.iter_mm_grid_thw(features)]
         positions, end = prompt_positions(len(input_tokens), spans, extents)
-        return torch.from_numpy(positions).expand(3, -1).contiguous(), end - len(input_tokens)
+        # The first model runner writes filled positions into this tensor; the second one copies it for every prefill.
+        positions.apet_marks = positions.clone()
+        return positions, end - len(input_tokens)
 
     def recompute_mrope_positions(
         self, input_ids: Any, multimodal_embeddings: Sequence[Tensor], mrope_positions: Tensor, num_computed_tokens: int
     ) -> tuple[Sequence[Tensor], Tensor, int]:
         """Embeddings without their channels, and the positions (3, L) with those of the pictures written in."""
+        marks = getattr(mrope_positions, "apet_marks", mrope_positions)
         rows = [one[:, :-CHANNELS] for one in multimodal_embeddings]
-        # vLLM's own function takes the four last columns for positions: here they are all there is.
-        positions = [from_channels(one[:, -CHANNELS:]) for one in multimodal_embeddings]
-        _, updated, delta = super().recompute_mrope_positions(
-            input_ids, positions, mrope_positions, num_computed_tokens
-        )
-        return rows, updated, delta
+        offsets = [from_channels(one[:, -CHANNELS:]).to(marks.device) for one in multimodal_embeddings]
+        with gpu_sync_allowed():
+            positions, end = fill_marks(mrope_positions, marks, num_computed_tokens, offsets)
+        return rows, positions, end - marks.shape[1]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m apet.vis``."""
+"""The command line: ``apet vis``."""
 
 import argparse
 import sys
@@ -22,22 +22,21 @@ from apet.vis.ask import ask
 from apet.vis.draw import FORMATS, check_output, draw
 from apet.vis.trace import MethodTrace
 
+_EXAMPLES = """examples:
+  apet vis cat.jpg --model-path data/model/llava-v1.5-7b --methods apet,random --tokens 64"""
+
 
 def parser(loader: ModuleType | None = None) -> Parser:
     """The program's flags, with those of the module that loads checkpoints."""
     flags = Parser(
-        prog="python -m apet.vis", description="Draw what compression methods keep of an image.", allow_abbrev=False
-    )
-    flags.add_argument("image", help="the image file")
-    flags.add_argument("--question", default="What is in the image?")
-    flags.add_argument("--methods", default=None, help="separated by commas, or all (default: --method)")
-    flags.add_argument(
-        "--tokens", type=int, default=None,
-        help="tokens averaged over the decoder layers, spent as each method was published; instead of budget flags",
+        prog="apet vis", usage="apet vis IMAGE --model-path MODEL [options]", allow_abbrev=False, epilog=_EXAMPLES,
+        description="Draw which tokens of an image compression methods keep, and what the model answers.",
     )  # fmt: skip
-    flags.add_argument(
-        "--out", default=None, help=f"the picture, {', '.join(FORMATS)} (default: <image>.vis.png); the data is .npz"
-    )
+    flags.add_argument("image", metavar="IMAGE", help="the image file")
+    flags.add_argument("--question", default="What is in the image?", help="what the model is asked")
+    flags.add_argument("--methods", help="separated by commas, or all (default: --method)")
+    flags.add_argument("--tokens", type=int, help="averaged over the layers, as each method was published; or budgets")
+    flags.add_argument("--out", help=f"the picture, {', '.join(FORMATS)} (default: <image>.vis.png); the data is .npz")
     add_loader_flag(flags)
     if loader is not None:
         loader.add_flags(flags)

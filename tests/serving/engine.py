@@ -19,8 +19,10 @@ SMALL = {"dtype": "float32", "max_model_len": 1024, "enforce_eager": True, "max_
 CACHE = 128 << 20  # bytes of KV cache
 START_SECONDS = 300
 
-# Set before vLLM is imported: functions may be sent to the model, and nothing is fetched.
+# Set before vLLM is imported: functions may be sent to the model, nothing is fetched, and the scheduler of an engine
+# runs in the process of the test, which saves a start of Python.
 os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1", "HF_HUB_OFFLINE": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 @contextmanager

@@ -30,10 +30,14 @@ def install(monkeypatch) -> FakeRegistry:
         def __init__(self, architecture: str, additional_config: Any = None, **multimodal: Any) -> None:
             self.additional_config = {} if additional_config is None else additional_config
             self.lora_config = multimodal.pop("lora_config", None)
+            self.ec_manager_config = SimpleNamespace(encoder_cache_manager_cls=multimodal.pop("manager", None))
+            self.compilation_config = SimpleNamespace(cudagraph_mm_encoder=multimodal.pop("graphs", False))
+            self.parallel_config = SimpleNamespace(pipeline_parallel_size=multimodal.pop("stages", 1))
             vision = SimpleNamespace(model_type=multimodal.pop("encoder", "clip_vision_model"))
             defaults = {"language_model_only": False, "video_pruning_rate": None}
             self.model_config = SimpleNamespace(
                 runner_type=multimodal.pop("runner_type", "generate"),
+                enable_prompt_embeds=multimodal.pop("prompt_embeds", False),
                 architecture=architecture, _architecture=architecture, _model_info="info", registry=registry,
                 hf_config=SimpleNamespace(architectures=[architecture], vision_config=vision),
                 multimodal_config=SimpleNamespace(**(defaults | multimodal)),

@@ -12,13 +12,21 @@ from engine import ROOT, SMALL, engine, in_model
 from families import END, IMAGE, START, VIDEO
 from vllm import SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.encoder_budget import MultiModalBudget
 
 import apet
 from apet.adapters import adapter_for
 from llava.model.hugging_face import export_checkpoint
 
 PICTURES = {"wide": picture(170, 84, 1), "tall": picture(84, 200, 2), "square": picture(140, 140, 3)}
-SHOWN = [["wide"], ["tall"], ["tall", "wide"], ["square", "square"], []]
+# Text tokens in front of the first picture, and the pictures.
+SHOWN = [
+    (4, ["wide"]), (40, ["tall"]), (4, ["tall", "wide"]), (40, ["square", "square"]), (40, ["wide", "tall", "square"]),
+    (40, []),
+]  # fmt: skip
+# Short prompts run in one step and the others in several; whole blocks come back from the prefix cache.
+CHUNKED = {"max_num_batched_tokens": 64, "block_size": 32, "limit_mm_per_prompt": {"image": 3}}
 NEW, SPECIAL = 8, [0, 1, 2, *range(90, 96)]
 GREEDY = SamplingParams(
     temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False, allowed_token_ids=list(range(3, 90))
@@ -46,15 +54,15 @@ class Reference:
         if settings is not None:
             apet.apply_patch(self.model, apet.ApetConfig.from_dict(settings))
 
-    def ids(self, kinds, counts=None):
+    def ids(self, kinds, counts=None, lead=4):
         """Ids with one placeholder per picture, or as many as `counts` says."""
-        rows = list(PROMPT)
+        rows = (PROMPT + [3 + 7 * number % 80 for number in range(lead)])[:lead]
         for number, kind in enumerate(kinds):
             run = [kind] * (1 if counts is None else counts[number])
             rows += [7, 9] * (number > 0) + ([START, *run, END] if self.qwen else run)
         return rows + QUESTION
 
-    def answer(self, names, frames=None):
+    def answer(self, names, frames=None, lead=4):
         """Greedy ids; also the number of tokens of the whole prompt."""
         kinds = [IMAGE] * len(names) if frames is None else [VIDEO]
         inputs, counts = {}, []
@@ -68,7 +76,7 @@ class Reference:
                 counts = (inputs["image_grid_thw"].prod(-1) // 4).tolist()
             else:
                 counts = [len(one.columns) for one in adapter_for(self.model).crop_layouts(inputs)]
-        ids = torch.tensor([self.ids(kinds, counts)])
+        ids = torch.tensor([self.ids(kinds, counts, lead)])
         if self.qwen:
             inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
         output = self.model.generate(
@@ -78,16 +86,16 @@ class Reference:
         return output[0, ids.shape[1] :].tolist(), ids.shape[1]
 
 
-def prompts(reference):
-    """What the engine gets for `SHOWN`."""
+def prompts(reference, shown=SHOWN):
+    """What the engine gets."""
     return [
         {
-            "prompt_token_ids": reference.ids([IMAGE] * len(names)),
+            "prompt_token_ids": reference.ids([IMAGE] * len(names), lead=lead),
             "multi_modal_data": {"image": [PICTURES[n] for n in names]},
         }
         if names
-        else {"prompt_token_ids": reference.ids([])}
-        for names in SHOWN
+        else {"prompt_token_ids": reference.ids([], lead=lead)}
+        for lead, names in shown
     ]
 
 
@@ -100,15 +108,18 @@ CASES = [
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
 def test_greedy_answers_equal_those_of_the_transformers_patch(folders, name, settings):
     reference = Reference(folders[name], settings)
-    wanted = [reference.answer(names) for names in SHOWN]
-    with engine(folders[name], settings, limit_mm_per_prompt={"image": 2}) as llm:
+    wanted = [reference.answer(names, lead=lead) for lead, names in SHOWN]
+    with engine(folders[name], settings, **CHUNKED) as llm:
         alone = [llm.generate(one, GREEDY, use_tqdm=False)[0] for one in prompts(reference)]
-        # Once more together: now with embeddings from the cache.
+        # Once more together: now with embeddings and prefixes from the caches.
         again = llm.generate(prompts(reference), GREEDY, use_tqdm=False)
-    for (ids, length), first, second in zip(wanted, alone, again, strict=True):
-        assert list(first.outputs[0].token_ids) == list(second.outputs[0].token_ids) == ids
-        shorter = settings is not None and length > len(PROMPT) + len(QUESTION)
-        assert (len(first.prompt_token_ids) < length) == shorter
+    for (lead, names), (ids, length), first, second in zip(SHOWN, wanted, alone, again, strict=True):
+        assert list(first.outputs[0].token_ids) == ids, (lead, names)
+        assert list(second.outputs[0].token_ids) == ids, (lead, names)
+        assert (len(first.prompt_token_ids) < length) == (settings is not None and len(names) > 0)
+    lengths = [len(one.prompt_token_ids) for one in alone]
+    assert min(lengths) < CHUNKED["max_num_batched_tokens"] < max(lengths)
+    assert all(two.num_cached_tokens for two in again if len(two.prompt_token_ids) > 2 * CHUNKED["block_size"])
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core for each of two workers")
@@ -117,8 +128,10 @@ def test_two_workers_that_share_every_layer_answer_the_same(folders, monkeypatch
     settings = {"visual_token_num": 16}
     reference = Reference(folders["next"], settings)
     with engine(folders["next"], settings, limit_mm_per_prompt={"image": 2}, tensor_parallel_size=2) as llm:
-        outputs = llm.generate(prompts(reference), GREEDY, use_tqdm=False)
-    assert [list(one.outputs[0].token_ids) for one in outputs] == [reference.answer(names)[0] for names in SHOWN]
+        shown = SHOWN[:4]
+        outputs = llm.generate(prompts(reference, shown), GREEDY, use_tqdm=False)
+    found = [list(one.outputs[0].token_ids) for one in outputs]
+    assert found == [reference.answer(names, lead=lead)[0] for lead, names in shown]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +213,38 @@ def test_kept_tokens_and_embeddings_of_tiles_equal_those_of_the_patch_and_newlin
         columns = dataclasses.replace(record, all_newlines=True).kept_columns()
         assert len(columns) > len(record.kept_columns())  # some line is empty, its newline stays
         torch.testing.assert_close(torch.tensor(found), full[columns], rtol=1e-4, atol=1e-5)
+
+
+def watch(model):
+    """Let the engine's model note how many pictures every call of its encoder is given."""
+    original, model.batches = model.embed_multimodal, []
+
+    def embed(**inputs):
+        model.batches.append(len(inputs["pixel_values"]))
+        return original(**inputs)
+
+    model.embed_multimodal = embed
+
+
+def batches(model):
+    return model.batches
+
+
+def test_a_step_encodes_no_more_pictures_than_it_would_without_compression(folders):
+    settings = {"visual_token_num": 8}
+    prompt = {"prompt_token_ids": [1, 5, 32000, 9], "multi_modal_data": None}
+    pictures = [picture(336, 336, seed) for seed in range(7)]
+    with engine(folders["sample"], settings, max_num_batched_tokens=2 * 576 + 50) as llm:
+        prompt["prompt_token_ids"][2] = llm.llm_engine.model_config.hf_config.image_token_index
+        budget = MultiModalBudget(llm.llm_engine.vllm_config, MULTIMODAL_REGISTRY)
+        in_model(llm, watch)
+        outputs = llm.generate(
+            [prompt | {"multi_modal_data": {"image": one}} for one in pictures], GREEDY, use_tqdm=False
+        )
+        encoded = in_model(llm, batches)
+    assert len(outputs) == sum(encoded) == len(pictures) and max(encoded) == 2
+    # vLLM measures its memory with as many.
+    assert budget.mm_max_items_per_batch == {"image": 2}
 
 
 BAD = [

@@ -16,7 +16,7 @@ from apet.config import FAMILY_PRESETS
 from apet.methods import method_names
 from apet.serving import plugin
 from apet.serving.counts import image_tokens, tiled_image_tokens, video_blocks
-from apet.serving.positions import extent, from_channels, grid_positions, prompt_positions, to_channels
+from apet.serving.positions import extent, fill_marks, from_channels, grid_positions, prompt_positions, to_channels
 from apet.serving.processing import CompressedInfo, KeyedProcessor
 from apet.serving.settings import SERVED, cache_key, check_family, image_selector, read_settings, served
 
@@ -203,11 +203,11 @@ def test_positions_are_those_of_transformers(parts):
         pictures.append(grid_positions(grid, tempo))
     length = inputs["input_ids"].shape[1]
     positions, end = prompt_positions(length, spans, extents)
-    found = torch.from_numpy(positions).repeat(3, 1)
-    for (start, columns), picture in zip(spans, pictures, strict=True):
-        assert (positions[start : start + columns] == positions[start]).all()
-        found[:, start : start + columns] += picture[:, :3].T
-        assert (picture[:, 3] == extents[spans.index((start, columns))]).all()
+    for (start, columns), taken in zip(spans, extents, strict=True):
+        marks = positions[:, start : start + columns]
+        assert (marks == marks[:, :1]).all() and (marks[0] < 0).all() and (marks[0] + marks[1] == taken - 1).all()
+    found, behind = fill_marks(positions, positions, 0, pictures)
+    assert behind == end
     if any(isinstance(part, tuple) and part[0] == "video" for part in parts):
         # transformers 5.23 lets text go on behind the rows and columns of a video, vLLM behind its time too.
         behind_first = spans[0][0] + spans[0][1]
@@ -231,13 +231,14 @@ def spans_of(family, parts):
 def test_text_goes_on_behind_a_video_in_time_or_space():
     assert extent((4, 2, 3), 2.0) == 7 and extent((2, 5, 3), 2.0) == 5 and extent((1, 3, 8), 1.0) == 8
     positions, end = prompt_positions(9, [(2, 4)], [7])
-    assert positions.tolist() == [0, 1, 2, 2, 2, 2, 9, 10, 11] and end == 12
+    assert positions[0].tolist() == [0, 1, -3, -3, -3, -3, 9, 10, 11] and end == 12
+    assert positions[1].tolist() == [0, 1, 9, 9, 9, 9, 9, 10, 11]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_positions_survive_the_precision_of_the_embeddings(dtype):
-    positions = torch.arange(65536).view(-1, 4)
-    assert torch.equal(from_channels(to_channels(positions).to(dtype)).long(), positions)
+    positions = torch.arange(65535).view(-1, 3)
+    assert torch.equal(from_channels(to_channels(positions).to(dtype)), positions)
 
 
 @pytest.fixture
@@ -276,6 +277,7 @@ def test_settings_exchange_the_model(vllm, row):
     assert model._model_info == f"info of {row.registered}" and config.verified == 1
     assert plugin.settings_of(model.hf_config) == ApetConfig(visual_token_num=64)
     assert (model.multimodal_config.video_pruning_rate is None) == (row.position_mode == "compact")
+    assert config.ec_manager_config.encoder_cache_manager_cls == "apet.serving.encoder.EncoderBudget"
 
 
 def test_registering_twice_wraps_once(vllm):
@@ -291,6 +293,10 @@ def test_registering_twice_wraps_once(vllm):
     (LLAVA, {"encoder": "pixtral"}, "pixtral"),
     (QWEN, {"video_pruning_rate": 0.5}, "--video-pruning-rate 0.5"),
     (LLAVA, {"language_model_only": True}, "without images"),
+    (LLAVA, {"manager": "their.Manager"}, "encoder_cache_manager_cls='their.Manager'"),
+    (NEXT, {"graphs": True}, "goes around the compression"),
+    (QWEN, {"stages": 2}, "--pipeline-parallel-size 2"),
+    (QWEN, {"prompt_embeds": True}, "--enable-prompt-embeds"),
     (LLAVA, {"lora_config": SimpleNamespace(enable_tower_connector_lora=True)}, "adapters of the vision tower"),
 ])  # fmt: skip
 def test_engines_that_do_not_fit_are_refused_and_left_alone(vllm, architecture, multimodal, says):
