@@ -50,6 +50,7 @@ LAYERS = (
     Layer("apet.api", (*LIBRARY, "apet.plan"), ("torch",)),
     Layer("apet.harness", ("apet.api", "apet.harness"), ("lmms_eval",)),
     Layer("apet.vis", ("apet",), ("torch", "numpy", "matplotlib")),
+    Layer("apet.demo", ("apet",), ("numpy", "gradio")),
     Layer("apet.bench", ("apet",), ("torch", "transformers", "numpy", "tqdm", "PIL")),
     Layer("apet.compare", ("apet",), ("torch", "transformers", "numpy", "tqdm")),
     Layer(
@@ -92,7 +93,16 @@ LAYERS = (
 
 # Modules that only some places may use, whatever the table above says.
 RESERVED = {
-    "argparse": ("apet.eval", "apet.bench", "apet.compare", "apet.vis", "apet.report", "llava.eval", "llava.serve"),
+    "argparse": (
+        "apet.eval",
+        "apet.bench",
+        "apet.compare",
+        "apet.vis",
+        "apet.demo",
+        "apet.report",
+        "llava.eval",
+        "llava.serve",
+    ),
     "flash_attn": (),  # transformers' attn_implementation loads it
 }
 FORBIDDEN_CALLS = {"eval", "exec"}  # user text is parsed as literals

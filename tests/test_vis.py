@@ -1,5 +1,7 @@
 """Pictures of kept tokens: what is traced is what happened, and the drawing shows it."""
 
+import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,9 @@ from PIL import Image
 from tiny import MIXED_ROWS, PATCHES, batch, tiny_llava
 
 import apet
+from apet.demo import __main__ as demo
+from apet.demo.answers import Asker, choices
+from apet.eval.loader import find_loader
 from apet.methods import get_method, method_names
 from apet.vis import __main__ as program
 from apet.vis import draw
@@ -113,6 +118,25 @@ def test_a_picture_that_patches_do_not_divide_is_covered(tmp_path):
     figure.savefig(tmp_path / "long.png")
     written = next(axes.texts[0].get_text() for axes in figure.axes if axes.texts)
     assert len(written) < 300 and max(map(len, written.splitlines())) <= 44
+
+
+def test_the_demo_compares_with_the_uncompressed_model():
+    loader = find_loader([])
+    asker = Asker(loader.load(demo.parser(loader).parse_args([*MODEL])))
+    full, short = (asker(IMAGE, "What is it?", method, 64) for method in ("none", "apet"))
+    assert full.groups is None and full.facts[0] == ("visual tokens per layer", "576.0 of 576")
+    assert (full.kept != short.kept).any() and short.groups is not None
+    assert short.facts[0] == ("visual tokens per layer", "64.0 of 576") and "(1.0 times fewer)" in full.facts[1][1]
+    with pytest.raises(ValueError, match="cannot average 1"):
+        asker(IMAGE, "What is it?", "fastv", 1)
+    assert set(choices()) == set(method_names()) and choices()[0] == "none"
+
+
+def test_the_demo_says_what_it_lacks(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert demo.main([*MODEL]) == 1
+    assert "python -m apet.demo: error: the demo needs gradio" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".pdf", b"%PDF"), (".svg", b"<?xml"), (".png", b"\x89PNG")])

@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
-import apet
 from apet.compare.plan import parse_methods
 from apet.config import ApetConfig
 from apet.eval.benchmarks import Question
@@ -20,8 +18,9 @@ from apet.eval.images import open_images
 from apet.eval.loader import LoadedModel, add_loader_flag, run_program
 from apet.eval.scoring_cli import Parser
 from apet.methods import get_method, parse_method
+from apet.vis.ask import ask
 from apet.vis.draw import FORMATS, check_output, draw
-from apet.vis.trace import MethodTrace, listening, trace
+from apet.vis.trace import MethodTrace
 
 _EXAMPLES = """examples:
   apet vis cat.jpg --model-path data/model/llava-v1.5-7b --methods apet,random --tokens 64"""
@@ -60,8 +59,9 @@ def visualise(args: argparse.Namespace, loader: ModuleType) -> None:
     traces, image, refused = [], None, []
     for method in methods:
         try:
-            one, image = _trace(loaded, method, _config(args, method, loaded), question, images)
-            traces.append(one)
+            asked = ask(loaded, method, _config(args, method, loaded), question, images)
+            traces.append(asked.trace)
+            image = asked.seen
         except ValueError as error:
             refused.append(f"{method}: {error}")
     if not traces:
@@ -94,17 +94,6 @@ def _config(args: argparse.Namespace, method: str, loaded: LoadedModel) -> ApetC
             f"nothing would be compressed; give --tokens or --visual_token_num below {loaded.image_tokens}"
         )
     return config
-
-
-def _trace(
-    loaded: LoadedModel, method: str, config: ApetConfig, question: Question, images: Sequence[Any]
-) -> tuple[MethodTrace, np.ndarray]:
-    """What the method did, and the picture as the model sees it."""
-    answerer = loaded.answerer(config)
-    prepared = answerer.preparer.prepare(question, images)
-    with listening(config.method) as decisions:
-        (answer,) = answerer.answer([prepared])
-    return trace(method, apet.last_result(loaded.model), decisions, answer.text), loaded.seen(prepared)
 
 
 def _write(out: Path, image: np.ndarray, grid: tuple[int, int], traces: Sequence[MethodTrace], question: str) -> None:
