@@ -51,7 +51,7 @@ LAYERS = (
     Layer(
         "apet.serving",
         (*MODEL_SIDE, "apet.serving", "apet.__version__"),
-        ("torch", "transformers", "numpy", "vllm", "fastapi"),
+        ("torch", "transformers", "numpy", "vllm", "fastapi", "prometheus_client"),
     ),
     Layer("apet.serving.settings", ("apet.config", "apet.methods", "apet.serving")),
     Layer("apet.report", ("apet.eval",), ("matplotlib",)),
@@ -81,7 +81,16 @@ LAYERS = (
 
 # Modules that only some places may use, whatever the table above says.
 RESERVED = {
-    "argparse": ("apet.eval", "apet.bench", "apet.compare", "apet.vis", "apet.report", "llava.eval", "llava.serve"),
+    "argparse": (
+        "apet.eval",
+        "apet.bench",
+        "apet.compare",
+        "apet.vis",
+        "apet.report",
+        "apet.serving.cli",
+        "llava.eval",
+        "llava.serve",
+    ),
     "flash_attn": (),  # transformers' attn_implementation loads it
 }
 FORBIDDEN_CALLS = {"eval", "exec"}  # user text is parsed as literals

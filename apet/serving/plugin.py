@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 from apet.config import ApetConfig
+from apet.serving import host
 from apet.serving.settings import KEY, SERVED, Served, check_family, read_settings, served
 
 # On the checkpoint's config, which vLLM hands to the processes that lay out prompts.
@@ -40,6 +41,7 @@ def configure(vllm_config: Any) -> None:
 
     Raises:
         ValueError: As `read_settings` and `check_family`, or an engine option that does not go together with them.
+        UnknownVllmError: As `host.prove`.
     """
     config = read_settings(vllm_config.additional_config)
     model_config = vllm_config.model_config
@@ -50,6 +52,7 @@ def configure(vllm_config: Any) -> None:
     if model_config.architecture == row.registered:
         return
     check_family(config, row)
+    host.prove(row.family)
     _check_engine(vllm_config, row)
     setattr(model_config.hf_config, _ATTRIBUTE, config.to_dict())
     model_config.hf_config.architectures = [row.registered]

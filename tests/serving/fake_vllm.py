@@ -48,6 +48,7 @@ def install(monkeypatch) -> FakeRegistry:
         def try_verify_and_update_config(self) -> None:
             self.verified += 1
 
+    monkeypatch.setattr("apet.serving.host.prove", lambda family: None)  # tests/serving/test_host.py is about it
     vllm, config = ModuleType("vllm"), ModuleType("vllm.config")
     vllm.ModelRegistry, config.VllmConfig = registry, VllmConfig
     monkeypatch.setitem(sys.modules, "vllm", vllm)
