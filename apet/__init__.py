@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from apet.adapters.cache import PromptCache, compile_config
     from apet.adapters.vision import ImageLayout
+    from apet.api import Description, compress_model, compressed, config_for, describe, restore
     from apet.compressor import compress
     from apet.config import ApetConfig
     from apet.core.types import CompressedTokens
@@ -29,6 +30,7 @@ __all__ = [
     "ApetConfig",
     "CompressedTokens",
     "CompressionResult",
+    "Description",
     "ImageLayout",
     "PromptCache",
     "StageResult",
@@ -36,22 +38,33 @@ __all__ = [
     "apply_patch",
     "compile_config",
     "compress",
+    "compress_model",
+    "compressed",
+    "config_for",
+    "describe",
     "expecting_images",
     "last_result",
     "patched",
     "preset_config",
     "remove_patch",
+    "restore",
 ]
 
 _HOMES = {
     "ApetConfig": "apet.config",
     "CompressedTokens": "apet.core.types",
     "CompressionResult": "apet.result",
+    "Description": "apet.api",
     "ImageLayout": "apet.adapters.vision",
     "PromptCache": "apet.adapters.cache",
     "StageResult": "apet.result",
     "compile_config": "apet.adapters.cache",
     "compress": "apet.compressor",
+    "compress_model": "apet.api",
+    "compressed": "apet.api",
+    "config_for": "apet.api",
+    "describe": "apet.api",
+    "restore": "apet.api",
 }
 
 

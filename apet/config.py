@@ -7,6 +7,7 @@ for counts. Nothing given means no compression.
 
 import ast
 import dataclasses
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -76,45 +77,55 @@ FAMILY_PRESETS: Mapping[str, FamilyPreset] = {
 }
 
 
+def _flag(default: Any) -> Any:
+    """A field that the programs have a flag for; the others are given as ``--apet name=value,...``."""
+    return dataclasses.field(default=default, metadata={"flag": True})
+
+
 @dataclass(frozen=True)
 class ApetConfig:
     """Budgets and options of one compression run. Frozen; checks itself.
 
+    This is the one table of compression settings: the flags of the programs and docs/options.md are made of the fields,
+    and the first sentence about a field is the help of its flag.
+
     Attributes:
         visual_token_num: Tokens kept per image at the vision stage. A list gives one count per image of the call, in
             prompt order. None, or at least the number of tokens of an image: no compression there.
-        image_token_ratio: The same as a share in (0, 1] of each image's tokens: int(ratio * N), at least 1.
-        video_token_num: Tokens kept per frame or clip (see `video_budget_per`) at the vision stage; None: as for
-            images. Tokens that a family adds (class tokens, the basis of Video-LLaVA's frames) come on top.
-        layer_list: Decoder layers, counted from 1 and increasing, after which an LLM stage runs.
-        image_token_list: Tokens per image left by each LLM stage (or per stage a list with one count per image).
-        image_token_ratio_list: The same as shares of the tokens that enter each stage.
-        basis_token_num: Basis tokens k.
-        method: Registered name of the compression method.
+        image_token_ratio: Share in (0, 1] of each image's tokens kept at the vision stage, in place of a count. Kept
+            are int(ratio * N), at least 1.
+        video_token_num: Tokens kept per frame or clip of a video at the vision stage (see `video_budget_per`). None: as
+            for images. Tokens that a family adds (class tokens, the basis of Video-LLaVA's frames) come on top.
+        layer_list: Decoder layers after which a stage cuts, counted from 1 and increasing.
+        image_token_list: Tokens per image left by each decoder stage. An entry may be a list with one count per image.
+        image_token_ratio_list: Shares of the tokens that enter each decoder stage, in place of counts.
+        basis_token_num: Number k of basis tokens.
+        method: Compression method of docs/methods.md.
         method_options: Hyper-parameters of the method that differ from the published ones, by name.
-        basis_selection: "fps", "dpc" or "random".
-        fps_start: "farthest" (from the mean) or the index of the first basis token.
-        position_mode: "compact" renumbers the surviving tokens, "keep" leaves them their original positions, "auto"
-            is what the model's family was published with.
-        budget_per: "crop" (the published meaning for anyres images) or "image": the vision budget is the image's and is
-            split over its crops by error mass. The same for images of one crop. "prompt": all images and videos of a
-            prompt share the budgets of every stage, as in the published code for Qwen2.5-VL; an image may vanish.
-        video_budget_per: Vision budgets of videos are for each "frame" or for the "clip", with selection across its
+        basis_selection: How basis tokens are chosen: "fps", "dpc" or "random".
+        fps_start: First basis token: "farthest" (from the mean), "first", or an index.
+        position_mode: "compact" renumbers the surviving tokens, "keep" leaves them their original positions, "auto" is
+            what the model's family was published with.
+        budget_per: What a budget is for: "crop", "image" or "prompt". "crop" is the published meaning for anyres
+            images. "image": the vision budget is the image's and is split over its crops by error mass; the same for
+            images of one crop. "prompt": all images and videos of a prompt share the budgets of every stage, as in the
+            published code for Qwen2.5-VL; an image may vanish.
+        video_budget_per: What a video's vision budget is for: each "frame", or the "clip", with selection across its
             frames; "auto" is what the family was published with. Budgets inside the decoder are the clip's.
-        compat: None, or "published" for the published accounting of anyres images: padding takes budget at the vision
-            stage, and decoder stages cut only the first tokens of an image, as many as the previous budget.
+        compat: "published" for the published accounting of anyres images, or None. With it, padding takes budget at the
+            vision stage, and decoder stages cut only the first tokens of an image, as many as the previous budget.
         size_bias: Add the logarithm of the image tokens behind a token to its attention logits in the decoder.
-        seed: Seed of methods and bases that draw at random.
+        seed: Seed of sampling, and of methods and bases that draw at random.
     """
 
-    visual_token_num: int | tuple[int, ...] | None = None
-    image_token_ratio: float | None = None
+    visual_token_num: int | tuple[int, ...] | None = _flag(None)
+    image_token_ratio: float | None = _flag(None)
     video_token_num: int | None = None
-    layer_list: tuple[int, ...] = ()
-    image_token_list: tuple[int | tuple[int, ...], ...] = ()
-    image_token_ratio_list: tuple[float, ...] = ()
-    basis_token_num: int = 10
-    method: str = "apet"
+    layer_list: tuple[int, ...] = _flag(())
+    image_token_list: tuple[int | tuple[int, ...], ...] = _flag(())
+    image_token_ratio_list: tuple[float, ...] = _flag(())
+    basis_token_num: int = _flag(10)
+    method: str = _flag("apet")
     method_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
     basis_selection: str = "fps"
     fps_start: int | str = "farthest"
@@ -123,13 +134,15 @@ class ApetConfig:
     video_budget_per: str = "auto"
     compat: str | None = None
     size_bias: bool = False
-    seed: int = 0
+    seed: int = _flag(0)
 
     def __post_init__(self) -> None:
         if not isinstance(self.method_options, Mapping):
             raise ValueError(f"method_options={self.method_options!r} must be a mapping of option names to values")
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
+        if self.fps_start == "first":
+            object.__setattr__(self, "fps_start", 0)
         for name in ("layer_list", "image_token_list", "image_token_ratio_list"):
             values = () if getattr(self, name) is None else getattr(self, name)
             if not isinstance(values, tuple):
@@ -216,7 +229,9 @@ class ApetConfig:
         if self.basis_selection not in ("fps", "dpc", "random"):
             raise ValueError(f"basis_selection={self.basis_selection!r} is unknown; choose fps, dpc or random")
         if self.fps_start != "farthest" and not (_is_int(self.fps_start) and self.fps_start >= 0):
-            raise ValueError(f"fps_start={self.fps_start!r} must be 'farthest' or a token index of at least 0")
+            raise ValueError(
+                f"fps_start={self.fps_start!r} must be 'farthest' or a token index of at least 0 ('first' is 0)"
+            )
         if self.position_mode not in POSITION_MODES:
             raise ValueError(f"position_mode={self.position_mode!r} is unknown; choose {', '.join(POSITION_MODES)}")
         if self.budget_per not in BUDGETS_PER:
@@ -244,6 +259,19 @@ class ApetConfig:
     def _check_decreasing(self) -> None:
         stages = zip(self.layer_list, self.image_token_list, strict=False)
         check_not_growing([(f"the stage after layer {layer}", count) for layer, count in stages])
+
+
+def attribute_texts(cls: type) -> dict[str, str]:
+    """What the docstring of a class says about its attributes, by name, each as one line."""
+    lines = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")[2].split("\n\n")[0].splitlines()
+    texts: dict[str, str] = {}
+    for line in lines:
+        name, colon, text = line.strip().partition(": ")
+        if colon and line.startswith("    ") and not line.startswith("     "):
+            texts[name] = text
+        else:
+            texts[next(reversed(texts))] += f" {line.strip()}"
+    return texts
 
 
 def check_not_growing(budgets: Sequence[tuple[str, Any]]) -> None:

@@ -33,6 +33,7 @@ class TowerDims:
         crops: Crops or frames.
         patch_values: Numbers of a patch.
         pairs: Pairs of rows that attend to each other in a layer, averaged over the layers.
+        class_token: Whether one row of each crop is no patch.
     """
 
     layers: int
@@ -44,11 +45,12 @@ class TowerDims:
     crops: int
     patch_values: int
     pairs: float
+    class_token: bool = False
 
     @property
     def patches(self) -> int:
         """Patches of a crop."""
-        return self.rows if self.gated else self.rows - 1
+        return self.rows - self.class_token
 
     def layer_flops(self) -> float:
         """Matrix products of one layer."""
@@ -110,20 +112,21 @@ class ModelDims:
         """Dimensions of a transformers configuration.
 
         Args:
-            config: Of LLaVA, LLaVA-NeXT, Video-LLaVA or Qwen2.5-VL.
+            config: Of a family that `apet.apply_patch` serves.
             crops: Crops of an image, or frames of a clip.
             grid: (rows, columns) of patches of an image, where the model takes any size.
 
         Raises:
             ValueError: Another model, or a missing grid.
         """
-        if config.model_type in ("llava", "llava_next", "video_llava"):
-            return _clip_dims(config, crops)
-        if config.model_type == "qwen2_5_vl":
+        if config.model_type in _CROP_DIMS:
+            return _CROP_DIMS[config.model_type](config, crops)
+        if config.model_type in _GRID_DIMS:
             if grid is None:
-                raise ValueError("qwen2_5_vl takes images of any size; give the grid of patches (rows, columns)")
-            return _qwen_dims(config, grid)
-        known = "llava, llava_next, video_llava, qwen2_5_vl"
+                kind = config.model_type
+                raise ValueError(f"{kind} takes images of any size; give the grid of patches (rows, columns)")
+            return _GRID_DIMS[config.model_type](config, grid)
+        known = ", ".join([*_CROP_DIMS, *_GRID_DIMS])
         raise ValueError(f"the cost of model type {config.model_type!r} is not known; known: {known}")
 
 
@@ -176,7 +179,9 @@ class Estimate:
         )
 
 
-def tokens_per_layer(config: ApetConfig | None, image_tokens: int, layers: int, crops: int = 1) -> list[int]:
+def tokens_per_layer(
+    config: ApetConfig | None, image_tokens: int, layers: int, crops: int = 1, added: int = 0
+) -> list[int]:
     """Visual tokens that every decoder layer sees of one image, from budgets in counts or shares.
 
     Args:
@@ -184,6 +189,7 @@ def tokens_per_layer(config: ApetConfig | None, image_tokens: int, layers: int, 
         image_tokens: Tokens of the uncompressed image.
         layers: Decoder layers.
         crops: Crops that share these tokens; `visual_token_num` is for each.
+        added: Rows that the vision stage adds to each crop's budget.
 
     Raises:
         ValueError: A budget per image (a list) or for clips: `apet.last_result` has the counts of a run.
@@ -195,11 +201,13 @@ def tokens_per_layer(config: ApetConfig | None, image_tokens: int, layers: int, 
         raise ValueError("budgets per image or for clips are not predicted; take the counts from apet.last_result")
     stages = dict(zip((0, *config.layer_list), config.stage_budgets, strict=True))
     for layer in range(layers):
-        budget = stages.get(layer)
+        budget, units = stages.get(layer), crops if layer == 0 else 1
+        length = now // units
         if isinstance(budget, float):
-            now = max(1, int(budget * now))
-        elif budget is not None:
-            now = min(now, budget * crops if layer == 0 else budget)
+            budget = max(1, int(budget * length))
+        if budget is not None:
+            budget += added if layer == 0 else 0
+            now = min(now, budget * units)
         counts.append(now)
     return counts
 
@@ -300,34 +308,79 @@ def _text_dims(config: Any) -> TextDims:
 
 
 def _clip_dims(config: Any, crops: int) -> ModelDims:
+    """LLaVA and its relatives: rows of a tower through two matrices, in front of which compression may act."""
     vision, text = config.vision_config, _text_dims(config.text_config)
     patches = (vision.image_size // vision.patch_size) ** 2
     select = config.vision_feature_layer
     needed = vision.num_hidden_layers + 1 + select if select < 0 else select
     # DINOv2 has a ratio in its place.
     mlp = vision.hidden_size * vision.mlp_ratio if vision.model_type == "dinov2" else vision.intermediate_size
+    class_token = not vision.model_type.startswith("siglip")
+    length = patches + class_token
     tower = TowerDims(
-        vision.num_hidden_layers, needed, vision.hidden_size, mlp, False, patches + 1, crops,
-        3 * vision.patch_size**2, (patches + 1) ** 2,
+        vision.num_hidden_layers, needed, vision.hidden_size, mlp, False, length, crops, 3 * vision.patch_size**2,
+        length**2, class_token,
     )  # fmt: skip
-    video = config.model_type == "video_llava"
-    rows = crops * (patches + video)  # frames keep their class token
-    return ModelDims(tower, ((vision.hidden_size, text.width), (text.width, text.width)), rows, text, not video)
+    rows = crops * (patches + (config.model_type == "video_llava"))  # its frames keep their class token
+    before = config.model_type in ("llava", "llava_next")
+    return ModelDims(tower, ((vision.hidden_size, text.width), (text.width, text.width)), rows, text, before)
 
 
-def _qwen_dims(config: Any, grid: tuple[int, int]) -> ModelDims:
+def _internvl_dims(config: Any, crops: int) -> ModelDims:
+    vision, text = config.vision_config, _text_dims(config.text_config)
+    (height, width), (patch_height, patch_width) = vision.image_size, vision.patch_size
+    patches = (height // patch_height) * (width // patch_width)
+    tower = TowerDims(
+        vision.num_hidden_layers, vision.num_hidden_layers, vision.hidden_size, vision.intermediate_size, False,
+        patches + 1, crops, vision.num_channels * patch_height * patch_width, (patches + 1) ** 2, True,
+    )  # fmt: skip
+    merged = int(1 / config.downsample_ratio) ** 2
+    projector = ((vision.hidden_size * merged, text.width), (text.width, text.width))
+    return ModelDims(tower, projector, crops * patches // merged, text, False)
+
+
+def _qwen2_dims(config: Any, grid: tuple[int, int]) -> ModelDims:
     vision = config.vision_config
-    rows, columns = grid
+    mlp = int(vision.embed_dim * vision.mlp_ratio)
+    return _merged_dims(config, grid, vision.embed_dim, mlp, False, (grid[0] * grid[1]) ** 2, vision.hidden_size)
+
+
+def _qwen2_5_dims(config: Any, grid: tuple[int, int]) -> ModelDims:
+    vision = config.vision_config
     window = vision.window_size // vision.patch_size
     spans = [[min(window, length - start) for start in range(0, length, window)] for length in grid]
     windowed = sum((height * width) ** 2 for height in spans[0] for width in spans[1])
     full = len(vision.fullatt_block_indexes)
-    pairs = (full * (rows * columns) ** 2 + (vision.depth - full) * windowed) / vision.depth
-    merged = vision.hidden_size * vision.spatial_merge_size**2
-    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    tower = TowerDims(
-        vision.depth, vision.depth, vision.hidden_size, vision.intermediate_size, True, rows * columns, 1, patch, pairs
-    )
-    count = rows * columns // vision.spatial_merge_size**2
-    projector = ((merged, merged), (merged, vision.out_hidden_size))
-    return ModelDims(tower, projector, count, _text_dims(config.text_config), False)
+    pairs = (full * (grid[0] * grid[1]) ** 2 + (vision.depth - full) * windowed) / vision.depth
+    mlp = vision.intermediate_size
+    return _merged_dims(config, grid, vision.hidden_size, mlp, True, pairs, vision.out_hidden_size)
+
+
+def _qwen3_dims(config: Any, grid: tuple[int, int]) -> ModelDims:
+    """Every layer whose features are added later has a merger of its own."""
+    vision = config.vision_config
+    mergers = 1 + len(vision.deepstack_visual_indexes)
+    pairs, out = (grid[0] * grid[1]) ** 2, vision.out_hidden_size
+    return _merged_dims(config, grid, vision.hidden_size, vision.intermediate_size, False, pairs, out, mergers)
+
+
+def _merged_dims(
+    config: Any, grid: tuple[int, int], width: int, mlp: int, gated: bool, pairs: float, out: int, mergers: int = 1
+) -> ModelDims:
+    """Qwen-VL: patches of an image of any size, merged in squares behind the tower."""
+    vision, patches = config.vision_config, grid[0] * grid[1]
+    square = vision.spatial_merge_size**2
+    values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    tower = TowerDims(vision.depth, vision.depth, width, mlp, gated, patches, 1, values, pairs)
+    projector = ((width * square, width * square), (width * square, out)) * mergers
+    return ModelDims(tower, projector, patches // square, _text_dims(config.text_config), False)
+
+
+_CROP_DIMS = {
+    "llava": _clip_dims,
+    "llava_next": _clip_dims,
+    "video_llava": _clip_dims,
+    "llava_onevision": _clip_dims,
+    "internvl": _internvl_dims,
+}
+_GRID_DIMS = {"qwen2_vl": _qwen2_dims, "qwen2_5_vl": _qwen2_5_dims, "qwen3_vl": _qwen3_dims}

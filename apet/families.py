@@ -1,11 +1,11 @@
-"""The table of model families, written from the registry: ``python -m apet.families > docs/families.md``."""
+"""docs/families.md, the table of model families, from the registry; scripts/make_docs.py writes it."""
 
 from apet.adapters import Adapter, registered
 from apet.config import FAMILY_PRESETS, FamilyPreset
 
 _HEAD = """# Model families
 
-Written by `python -m apet.families` from the registered adapters; a test keeps it current. Any model of these
+Written by `python scripts/make_docs.py` from the registered adapters. Any model of these
 transformers classes can be given to `apet.apply_patch`; `apet.preset_config(model)` holds the preset budgets.
 
 """
@@ -78,7 +78,3 @@ def _budgets(preset: FamilyPreset) -> str:
     if any(name.endswith("_list") for name in preset.budgets):
         parts.append("after the middle layer")
     return ", ".join(parts) or "-"
-
-
-if __name__ == "__main__":
-    print(page(), end="")

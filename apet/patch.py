@@ -10,6 +10,7 @@ from torch import nn
 
 from apet.adapters import Adapter, adapter_for, host
 from apet.adapters.encoder import EncoderPatch
+from apet.adapters.hooks import Attribute
 from apet.adapters.prompt import PromptCount, PromptPatch
 from apet.adapters.vision import Encoding, ImageLayout
 from apet.config import ApetConfig
@@ -17,6 +18,7 @@ from apet.plan import is_empty, plan
 from apet.result import CompressionResult
 
 _PATCH = "_apet_patch"
+_NOTE = "apet"
 
 
 class _Patch:
@@ -33,6 +35,10 @@ class _Patch:
         self.prompt = PromptPatch(adapter, config, made.stages, made.keep_positions, made.size_bias)
         self.encoder = EncoderPatch(adapter, made.vision, made.taps, made.per_frame, config, self.prompt.forwards)
         self._handles = [*self.encoder.attach(), *self.prompt.attach()]
+
+    def carry(self, handle: Attribute) -> None:
+        """Take something else off the model when the patch comes off."""
+        self._handles.append(handle)
 
     def detach(self) -> None:
         """Remove the hooks, the last first: a wrapper finds what it wrapped."""
@@ -102,14 +108,31 @@ def remove_patch(model: nn.Module) -> nn.Module:
 @contextmanager
 def patched(model: nn.Module, config: ApetConfig) -> Iterator[nn.Module]:
     """Patch `model` inside a ``with`` block; afterwards it is as it was before, also when the block raises."""
-    before = getattr(_unwrapped(model), _PATCH, None)
+    before, note = active_config(model), vars(_unwrapped(model)).get(_NOTE)
     apply_patch(model, config)
     try:
         yield model
     finally:
         remove_patch(model)
         if before is not None:
-            apply_patch(model, before.config)
+            apply_patch(model, before)
+        if note is not None:
+            annotate(model, note)
+
+
+def annotate(model: nn.Module, note: Any) -> None:
+    """Let `model.apet` be `note` until the patch of the model comes off; a patch takes one note."""
+    inner = _unwrapped(model)
+    getattr(inner, _PATCH).carry(Attribute(inner, _NOTE, note))
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """The adapter of a model, or of the one inside a wrapper.
+
+    Raises:
+        TypeError: The model's family is unknown.
+    """
+    return adapter_for(_unwrapped(model))
 
 
 @contextmanager
@@ -143,7 +166,7 @@ def preset_config(model: nn.Module, **changes: Any) -> ApetConfig:
         TypeError: The model's family is unknown.
         ValueError: A field that is unknown or out of range.
     """
-    adapter = adapter_for(_unwrapped(model))
+    adapter = adapter_of(model)
     fields = dict(adapter.preset.budgets)
     if fields.get("image_token_list") or fields.get("image_token_ratio_list"):
         fields["layer_list"] = [max(len(adapter.layers) // 2, adapter.first_stage_layer)]

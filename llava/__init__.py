@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import llava._unmixed  # noqa: F401  refuses a folder that holds files of another `llava`
+
 __all__ = ["LlavaLlamaForCausalLM"]
 
 

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Sourced by the other scripts. `apet_env [extra ...]` makes the virtual environment once, installs ApET with these
-# extras of setup.py into it, activates it and exports PYTHON, its interpreter.
+# extras of pyproject.toml into it, activates it and exports PYTHON, its interpreter.
 #
 #   PYTHON      the interpreter that makes the environment (default: python3)
 #   APET_VENV   the environment's folder (default: .venv), or "none": use PYTHON as it is and install nothing
@@ -38,7 +38,7 @@ _apet_fingerprint() {
 import hashlib, pathlib, sys
 
 state = hashlib.sha256(repr((sys.version, sys.argv[1:])).encode())
-for name in ("requirements.txt", "constraints.txt", "setup.py"):
+for name in ("requirements.txt", "constraints.txt", "pyproject.toml"):
     state.update(pathlib.Path(sys.argv[1], name).read_bytes())
 print(state.hexdigest())
 PY

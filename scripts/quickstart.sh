@@ -20,4 +20,4 @@ echo "== GQA with ApET, $BUDGET visual tokens"
 EXPERIMENT=apet-$BUDGET TOKENS=$BUDGET LAYER_LIST='[6]' bash scripts/llava1_5/gqa.sh
 echo
 echo "== Both runs"
-"$PYTHON" -m apet.report $OUT
+"$PYTHON" -m apet report $OUT

@@ -9,13 +9,26 @@ import numpy as np
 STEP = 4
 
 
-def write_clip(path: Path, frames: int, size: tuple[int, int] = (64, 48), rate: int = 10, seed: int = 0) -> Path:
-    """A video whose frame i has the level STEP * i, beside a block that depends on the seed."""
+def write_clip(
+    path: Path,
+    frames: int,
+    size: tuple[int, int] = (64, 48),
+    rate: int = 10,
+    seed: int = 0,
+    codec: str = "mpeg4",
+    **codec_fields,
+) -> Path:
+    """A video whose frame i has the level STEP * i, beside a block that depends on the seed.
+
+    Further fields are of PyAV's codec context: gop_size, max_b_frames, ...
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=Fraction(rate))
+        stream = container.add_stream(codec, rate=Fraction(rate))
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         stream.bit_rate = 4_000_000
+        for name, value in codec_fields.items():
+            setattr(stream.codec_context, name, value)
         container.start_encoding()
         for index in range(frames):
             picture = np.full((size[1], size[0], 3), STEP * index, dtype=np.uint8)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import FAMILIES
 from torch.utils.flop_counter import FlopCounterMode
 
 import apet
@@ -48,6 +49,26 @@ def test_flops_and_cache_are_those_of_a_run(name, compressed):
         step = decode_cost(dims, lengths, dtype=torch.float32)
         assert step.flops == counted(lambda: model(input_ids=token, **host.with_cache(cache)))
         assert step.kv_bytes == cache_bytes(cache)
+
+
+SHAPES = {
+    "qwen2_vl": ({"grid": (8, 10)}, 4 * 5),
+    "qwen3_vl": ({"grid": (8, 10)}, 4 * 5),
+    "internvl": ({"crops": 2}, 2 * 9),
+    "llava_onevision": ({"crops": 3}, 9 + 3 * 7),
+}
+
+
+@pytest.mark.parametrize("name", list(SHAPES))
+def test_flops_of_families_without_a_preset(name):
+    family = FAMILIES[name]
+    model, inputs = family.build("eager"), family.inputs(family.prompts[:1])
+    shape, visual = SHAPES[name]
+    text_tokens = inputs["input_ids"].shape[1] - visual
+    cost = prefill_cost(ModelDims.of(model.config, **shape), [visual] * 4, text_tokens=text_tokens, dtype=torch.float32)
+    with torch.inference_mode():
+        assert cost.flops == counted(lambda: model(**inputs, logits_to_keep=1))
+        assert cost.kv_bytes == cache_bytes(host.cache_of(model(**inputs, use_cache=True)))
 
 
 def test_batches_multiply():

@@ -6,7 +6,7 @@ import functools
 import pytest
 import torch
 from families import FAMILIES
-from tiny import IMAGE_ID, MIXED_ROWS, PATCHES, batch, tiny_llava
+from tiny import IMAGE_ID, MIXED_ROWS, PATCHES, TOWERS, batch, tiny_llava
 from transformers import DynamicCache, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 import apet
@@ -31,7 +31,8 @@ def spy(monkeypatch):
 
         def needs(self, stage):
             if stage == "vision":
-                return {"cls_attention": (-1, 0), "vision_keys": (-2,), "vision_features": ()}
+                layers = {"cls_attention": (-1, 0), "vision_keys": (-2,), "vision_states": (-3, -1)}
+                return layers | {"vision_features": ()}
             per_layer = {name: (0, -1) for name in ("attention_row", "text_attention", "keys", "text_keys")}
             return per_layer | {name: () for name in ("text_embeddings", "image_embeddings", "text_hidden")}
 
@@ -99,22 +100,32 @@ def test_decoder_inputs_of_a_mixed_batch(spy):
     assert all(said["text_attention", layer].isfinite().all() for layer in (0, -1))
 
 
-def test_tower_inputs(spy):
-    model, inputs = eager_llava(), double(batch(MIXED_ROWS))
+@pytest.mark.parametrize("name", TOWERS)
+def test_tower_inputs(name, spy):
+    model, inputs = tiny_llava("eager", tower=name).double(), double(batch(MIXED_ROWS))
     tower = model.model.vision_tower
     output = tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
     with apet.patched(model, ApetConfig(visual_token_num=5, method="spy")):
         model(**inputs)
     (said,) = spy
-    count = len(tower.encoder.layers)
+    layers = host.tower_layers(tower)
+    count = len(layers)
     for layer in (-1, 0):  # the last layer does not run under a patch
         expected = output.attentions[layer][:, :, 0, 1:]
         torch.testing.assert_close(said["cls_attention", layer].double(), expected, atol=1e-5, rtol=1e-5)
-    module = tower.encoder.layers[-2]
-    keys = module.self_attn.k_proj(module.layer_norm1(output.hidden_states[count - 2]))[:, 1:]
+    for layer in (-3, -1):
+        torch.testing.assert_close(said["vision_states", layer], output.hidden_states[count + layer][:, 1:])
+    before = output.hidden_states[count - 2]
+    if name == "clip":
+        keys = layers[-2].self_attn.k_proj(layers[-2].layer_norm1(before))[:, 1:]
+    else:
+        project = next(
+            module for path, module in layers[-2].attention.named_modules() if path.endswith(("key", "k_proj"))
+        )
+        keys = project(layers[-2].norm1(before))[:, 1:]
     heads = said["vision_keys", -2].transpose(1, 2).flatten(2)
     torch.testing.assert_close(heads, keys)
-    torch.testing.assert_close(said["vision_features", None], output.hidden_states[-2][:, 1:])
+    torch.testing.assert_close(said["vision_features", None], output.hidden_states[count - 1][:, 1:])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,7 +1,7 @@
 """Tiny models and inputs for the tests: random weights from configs, nothing downloaded."""
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 IMAGE_ID, PATCHES, VOCAB = 95, 25, 96
 
@@ -17,11 +17,14 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def tiny_llava(attention: str = "sdpa", layers: int = 4) -> LlavaForConditionalGeneration:
+# Vision towers with a class token that a LLaVA may have.
+TOWERS = {"clip": (CLIPVisionConfig, {"intermediate_size": 48}), "dinov2": (Dinov2Config, {"mlp_ratio": 2})}
+
+
+def tiny_llava(attention: str = "sdpa", layers: int = 4, tower: str = "clip") -> LlavaForConditionalGeneration:
     """A LLaVA-1.5 of 25 visual tokens per image (70 px, patch 14), 4 decoder layers, vocabulary 96."""
-    vision = CLIPVisionConfig(
-        hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=70, patch_size=14
-    )
+    kind, own = TOWERS[tower]
+    vision = kind(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=70, patch_size=14, **own)
     text = LlamaConfig(
         vocab_size=VOCAB, hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=None,

@@ -13,10 +13,11 @@ knows of models.
 """
 
 from apet.adapters import internvl, llava, llava_onevision, qwen_vl, video_llava
-from apet.adapters.base import Adapter, adapter_for, register, registered
+from apet.adapters.base import Adapter, UsualImage, adapter_for, register, registered
 
 __all__ = [
     "Adapter",
+    "UsualImage",
     "adapter_for",
     "internvl",
     "llava",

@@ -5,6 +5,7 @@ where features can be compressed before the projector.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,8 +15,27 @@ from apet.adapters.layout import Item, Layout, square
 from apet.adapters.vision import ImageLayout
 from apet.config import FAMILY_PRESETS, FamilyPreset
 
-_IN_TOWER = ("cls_attention", "vision_keys")
+_IN_TOWER = ("cls_attention", "vision_keys", "vision_states")
 _IN_LAYER = ("attention_row", "text_attention", "keys", "text_keys")
+
+
+@dataclass(frozen=True)
+class UsualImage:
+    """The image, or clip, that predictions about a family speak of.
+
+    Attributes:
+        what: It in words, with its size.
+        tokens: Visual tokens that budgets count.
+        crops: Crops, tiles or frames that it is encoded as.
+        beside: Newlines and class tokens, which take no budget, at most.
+        grid: (rows, columns) of patches, where the family takes images of any size.
+    """
+
+    what: str
+    tokens: int
+    crops: int = 1
+    beside: int = 0
+    grid: tuple[int, int] | None = None
 
 
 class Adapter:
@@ -104,6 +124,11 @@ class Adapter:
     def first_stage_layer(self) -> int:
         """Smallest layer in front of which a decoder stage may run."""
         return 1
+
+    @property
+    def usual_image(self) -> UsualImage:
+        """What the family is usually asked about."""
+        raise NotImplementedError
 
     def image_items(self, features: Sequence[Tensor], given: Mapping[str, Any]) -> list[Item]:
         """The images of an encoder call.

@@ -349,8 +349,12 @@ def decoder_attention(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Te
 
 
 def tower_attention(layer: nn.Module, hidden: Tensor) -> AttentionCall:
-    """The attention of a layer of a CLIP tower whose input is `hidden` (C, P, D)."""
-    return AttentionCall(layer.self_attn, layer.layer_norm1(hidden), {"attention_mask": None})
+    """The attention of a layer of a CLIP or DINOv2 tower whose input is `hidden` (C, P, D)."""
+    if hasattr(layer, "self_attn"):
+        return AttentionCall(layer.self_attn, layer.layer_norm1(hidden), {"attention_mask": None})
+    # DINOv2, whose queries and keys are made one module further inside up to 5.22.
+    inner = getattr(layer.attention, "attention", layer.attention)
+    return AttentionCall(inner, layer.norm1(hidden), {})
 
 
 class Projected(NamedTuple):
@@ -427,13 +431,15 @@ def encoded_features(output: Any) -> Any:
 
 
 def tower_layers(tower: nn.Module) -> Sequence[nn.Module]:
-    """Layers of a vision tower in order; none for a tower of another build."""
-    return getattr(getattr(tower, "encoder", None), "layers", ())
+    """Layers of a vision tower in order (DINOv2 calls their list `layer`); none for a tower of another build."""
+    encoder = getattr(tower, "encoder", None)
+    return getattr(encoder, "layers", getattr(encoder, "layer", ()))
 
 
 def has_class_token(tower: nn.Module) -> bool:
     """Whether a tower puts a class token in front of its patches."""
-    return hasattr(getattr(tower, "embeddings", None), "class_embedding")
+    embeddings = getattr(tower, "embeddings", None)
+    return any(getattr(embeddings, name, None) is not None for name in ("class_embedding", "cls_token"))
 
 
 def wanted_state(kwargs: Mapping[str, Any]) -> int | None:

@@ -7,7 +7,7 @@ attention function that only takes them out: a row of attention costs the projec
 keeps the attention it was loaded with.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from apet.adapters import host
 from apet.adapters.layout import TEXT, Layout, Unit, to_device
+from apet.adapters.stages import Group
 from apet.adapters.tower import TowerCall
 from apet.adapters.vision import Encoding
 
@@ -56,11 +57,15 @@ class StageView:
             self._projected[layer] = host.project(host.decoder_attention(self.layers[layer], hidden, embeddings))
         return self._projected[layer]
 
-    def input_length(self, needs: Collection[str], unit: Unit) -> int | None:
+    def asked_length(self, needs: Collection[str], unit: Unit) -> int | None:
         """Length of a unit's inputs where it can differ between units of equal length."""
         if "image_embeddings" not in needs:
             return None
         return len(block_columns(self.entry[1], unit))
+
+    def inputs(self, group: Group) -> "BlockInputs":
+        """What a method inside the decoder may ask for about a group of blocks."""
+        return BlockInputs(self, group)
 
     def attention(self, layer: int, rows: Tensor, columns: Tensor) -> Tensor:
         """Causal attention (G, heads, Q, L) of the queries at `columns` (G, Q) of `rows` (G, 1)."""
@@ -76,15 +81,12 @@ class BlockInputs:
 
     Args:
         view: The decoder's state.
-        units: The images, one per block.
-        columns: (G, n) columns of the blocks in their rows.
+        group: The blocks.
     """
 
-    def __init__(self, view: StageView, units: Sequence[Unit], columns: np.ndarray) -> None:
-        self._view, self._units, self._device = view, units, view.hidden.device
-        self._rows = to_device(np.array([[unit.row] for unit in units]), self._device)
-        self._host_columns = columns
-        self._columns = to_device(columns, self._device)
+    def __init__(self, view: StageView, group: Group) -> None:
+        self._view, self._units, self._device = view, group.units, view.hidden.device
+        self._rows, self._columns, self._host_columns = group.rows, group.places, group.columns
 
     def text_embeddings(self) -> tuple[Tensor, Tensor]:
         embeds, layout = self._view.entry
@@ -121,6 +123,9 @@ class BlockInputs:
 
     def vision_keys(self, layer: int) -> Tensor:
         return self._of_tower(lambda call: call.keys(layer)).transpose(1, 2)
+
+    def vision_states(self, layer: int) -> Tensor:
+        return self._of_tower(lambda call: call.states(layer))
 
     def vision_features(self) -> Tensor:
         return self._of_tower(lambda call: call.features)

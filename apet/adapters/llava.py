@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from apet.adapters import host
-from apet.adapters.base import Adapter, register
+from apet.adapters.base import Adapter, UsualImage, register
 from apet.adapters.vision import ImageLayout
 
 
@@ -45,6 +45,15 @@ class Llava(Adapter):
     def single_crop(self) -> bool:
         """Original 1.6 checkpoints are loaded into this class too; their images are several crops."""
         return getattr(self.model.config, "image_aspect_ratio", None) != "anyres"
+
+    @property
+    def usual_image(self) -> UsualImage:
+        """The tower's size; four tiles and the overview, with a newline per row of patches, where there are crops."""
+        vision, count = self.model.config.vision_config, self.crop_tokens
+        if self.single_crop:
+            return UsualImage(f"one image of {vision.image_size} x {vision.image_size} pixels", count)
+        side, lines = 2 * vision.image_size, 2 * (vision.image_size // vision.patch_size)
+        return UsualImage(f"one image of {side} x {side} pixels in 5 crops", 5 * count, 5, lines)
 
 
 @register

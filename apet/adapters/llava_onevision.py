@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from apet.adapters import host
-from apet.adapters.base import Adapter, register
+from apet.adapters.base import Adapter, UsualImage, register
 from apet.adapters.layout import NEWLINE, Item, square
 from apet.adapters.vision import ImageLayout
 
@@ -24,6 +24,18 @@ class LlavaOnevision(Adapter):
     videos = "frames in one block, one newline at its end"
     proof = ("tests/test_patch_families.py",)
 
+    @property
+    def usual_image(self) -> UsualImage:
+        """Four tiles and the overview, with a newline per row."""
+        config, vision = self.model.config, self.model.config.vision_config
+        side = vision.image_size
+        crops = host.crops_of((2 * side, 2 * side), config.image_grid_pinpoints, side)
+        rows = (side // vision.patch_size) ** 2
+        columns = self._columns(crops, rows, (2 * side, 2 * side), config.vision_aspect_ratio)
+        lines = int((columns == NEWLINE).sum())
+        what = f"one image of {2 * side} x {2 * side} pixels in {crops} crops"
+        return UsualImage(what, len(columns) - lines, crops, lines)
+
     def image_items(self, features: Sequence[Tensor], given: Mapping[str, Any]) -> list[Item]:
         """The host arranges zeros with a newline of one: the ones are the newlines."""
         config = self.model.config
@@ -36,9 +48,7 @@ class LlavaOnevision(Adapter):
         for one, size, tiles in zip(features, sizes, tiled, strict=True):
             crops = host.crops_of(size, config.image_grid_pinpoints, side) if tiles else 1
             rows = (side // config.vision_config.patch_size) ** 2 if crops > 1 else len(one) - 1
-            blank = torch.zeros(crops, rows, 1)
-            marks = host.packed(self.base_model, blank, size, torch.ones(1), vision_aspect_ratio=ratio)
-            columns = np.where(marks.flatten().numpy() == 1, NEWLINE, np.arange(len(marks)))
+            columns = self._columns(crops, rows, size, ratio)
             grid = square(rows) if crops == 1 else None
             items.append(Item((len(one),), ImageLayout(crops, rows, columns).lines, grid=grid))
         return items
@@ -53,3 +63,9 @@ class LlavaOnevision(Adapter):
         lines[-1] = -2
         segments = (size,) * (frames - 1) + (size + 1,) if per_frame else (len(lines),)
         return [Item(segments, lines, True, square(size))] * len(features)
+
+    def _columns(self, crops: int, rows: int, size: Sequence[int], ratio: str) -> np.ndarray:
+        """(T,) NEWLINE for the newlines of an image's tokens, as the host arranges its crops of `rows` patches."""
+        blank = torch.zeros(crops, rows, 1)
+        marks = host.packed(self.base_model, blank, size, torch.ones(1), vision_aspect_ratio=ratio)
+        return np.where(marks.flatten().numpy() == 1, NEWLINE, np.arange(len(marks)))

@@ -24,7 +24,7 @@ from apet.adapters.hooks import InFlight, PerThread, Removable, Wrapped
 from apet.adapters.inputs import StageView
 from apet.adapters.layout import Block, Item, Layout, Segment, Unit, layout_from_ids, to_device
 from apet.adapters.size_bias import LARGEST, SizeBias
-from apet.adapters.stages import Stage, StageRun, choose, gather, report, vision_choice
+from apet.adapters.stages import Stage, StageRun, choose, gather, report
 from apet.adapters.vision import Encoding
 from apet.config import ApetConfig
 from apet.result import CompressionResult, StageResult
@@ -365,7 +365,7 @@ class PromptPatch:
         units = forward.layout.units(stage.unit_key)
         if stage.select is None:
             records = forward.encoded[0].records
-            choices = [vision_choice(records[unit.item], unit, hidden.device) for unit in units]
+            choices = [records[unit.item].choice(unit, hidden.device) for unit in units]
         else:
             choices = choose(stage, units, hidden, forward.sizes, self._view(forward, stage, hidden, rotary))
         forward.runs.append(report(stage, forward.prompt, units, choices))

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from apet.adapters.base import Adapter, register
+from apet.adapters.base import Adapter, UsualImage, register
 from apet.adapters.layout import Item, Layout, to_device
+
+_USUAL_SIDE = 1008
 
 
 @register
@@ -23,6 +25,16 @@ class Qwen2VL(Adapter):
     videos = "one block; a frame is a pair of pictures"
     proof = ("tests/test_patch_families.py",)
     position_axes = 3
+
+    @property
+    def usual_image(self) -> UsualImage:
+        """A photograph of about a million pixels."""
+        vision = self.model.config.vision_config
+        merged = vision.spatial_merge_size
+        tokens = _USUAL_SIDE // (vision.patch_size * merged)
+        side = tokens * merged * vision.patch_size
+        grid = (tokens * merged, tokens * merged)
+        return UsualImage(f"one image of {side} x {side} pixels", tokens**2, grid=grid)
 
     def image_items(self, features: Sequence[Tensor], given: Mapping[str, Any]) -> list[Item]:
         """One raster of merged patches each."""

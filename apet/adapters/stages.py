@@ -3,18 +3,61 @@
 Pure functions of layouts and tensors: no model, no state.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from apet.adapters.inputs import BlockInputs, StageView
 from apet.adapters.layout import Block, Layout, Segment, Unit, follows, to_device
-from apet.adapters.vision import Budget, ImageRecord, Select, budget_for
-from apet.core.types import token_sizes
+from apet.core.types import CompressedTokens, token_sizes
+
+Budget = int | float | Sequence[int] | None
+
+
+class Select(Protocol):
+    """A compression method bound to one stage.
+
+    Attributes:
+        features: Where a vision stage reads tokens: "pre_projector" or "post_projector".
+        adaptive: Whether a block may get fewer rows than asked for; missing ones have index -1 and stand last.
+        needs: Inputs the method asks for, by name, with their layers.
+        reads_sizes: Whether it weighs rows with the tokens folded into them.
+        size_bias: Whether sizes go into the decoder's attention.
+    """
+
+    features: str
+    adaptive: bool
+    needs: Mapping[str, tuple[int, ...]]
+    reads_sizes: bool
+    size_bias: bool
+
+    def __call__(
+        self,
+        tokens: Tensor,
+        keep: int,
+        *,
+        grid: tuple[int, int] | None = None,
+        sizes: Tensor | None = None,
+        inputs: Any = None,
+    ) -> CompressedTokens:
+        """Reduce blocks (B, N, D) to `keep` rows.
+
+        `grid` is (rows, columns) of a full raster, `sizes` (B, N) the image tokens behind every row, `inputs` what the
+        method may ask for.
+        """
+
+
+class Provider(Protocol):
+    """What methods may ask for beside the tokens, at one stage."""
+
+    def asked_length(self, needs: Mapping[str, tuple[int, ...]], unit: Unit) -> int | None:
+        """Length of a unit's inputs where it can differ between units of equal length."""
+
+    def inputs(self, group: "Group") -> Any:
+        """`apet.methods.context.StageInputs` of the candidates of a group."""
 
 
 @dataclass(frozen=True)
@@ -100,22 +143,6 @@ def whole(unit: Unit, device: torch.device) -> Choice:
     return Choice(way, torch.arange(unit.length, device=device))
 
 
-def vision_choice(record: ImageRecord, unit: Unit, device: torch.device) -> Choice:
-    """What the projector hooks kept of an image, as columns of its block."""
-    if record.kept is None:
-        return whole(unit, device)
-    if record.is_plain and unit.length == record.layout.length:
-        kept = record.kept[0]
-        return Choice(len(kept), kept, sizes=None if record.sizes is None else record.sizes[kept])
-    columns = record.kept_columns()
-    columns = columns[columns < unit.length]
-    sizes = None
-    if record.sizes is not None:
-        rows = to_device(record.layout.columns[columns], device)
-        sizes = torch.where(rows < 0, 1, record.sizes[rows.clamp(min=0)])  # a newline stands for itself
-    return Choice(columns, torch.from_numpy(columns), sizes=sizes)
-
-
 def candidates_of(stage: Stage, unit: Unit) -> np.ndarray:
     """Positions in a unit that a stage chooses from: newlines and class tokens follow others and are no candidates."""
     if stage.window is not None:
@@ -179,7 +206,7 @@ def report(stage: Stage, items: Sequence[Unit], units: Sequence[Unit], choices: 
 
 
 def choose(
-    stage: Stage, units: Sequence[Unit], hidden: Tensor, sizes: Tensor | None, view: StageView | None
+    stage: Stage, units: Sequence[Unit], hidden: Tensor, sizes: Tensor | None, provider: Provider | None
 ) -> list[Choice]:
     """Let the method choose, for all units with equally many candidates and the same budget at once.
 
@@ -188,82 +215,96 @@ def choose(
         units: What it chooses from.
         hidden: (B, L, D) the sequences.
         sizes: (B, L) image tokens behind every column, if anything asks for them.
-        view: What methods may ask for, None if none asks for anything.
+        provider: What methods may ask for, None if none asks for anything.
     """
     choices = [whole(unit, hidden.device) for unit in units]
-    for group in _groups(stage, units, view):
-        for member, choice in zip(group.members, _choose_alike(group, hidden, sizes, view), strict=True):
-            choices[member] = choice or choices[member]
+    rules = [stage.rule(unit.blocks[0]) for unit in units]
+    candidates = [candidates_of(rule, unit) for rule, unit in zip(rules, units, strict=True)]
+    counts = _counts(rules, units, candidates)
+    for rule in dict.fromkeys(rules):
+        own = [count if its is rule else None for its, count in zip(rules, counts, strict=True)]
+        for group in groups_of(rule.select, units, candidates, own, provider, hidden.device):
+            found = group.select(rule.select, hidden, sizes, provider)
+            for member, choice in zip(group.members, _choices(group, rule.select, found, sizes), strict=True):
+                choices[member] = choice or choices[member]
     return choices
 
 
 @dataclass(frozen=True)
-class _Group:
+class Group:
     """Units that one call of the method serves.
 
     Attributes:
-        rule: The stage as it treats them.
-        count: Tokens to keep of each.
-        grid: Raster of their candidates.
         members: Their numbers among the stage's units.
         units: The units.
         candidates: Of each, (n,) positions to choose from.
+        count: Tokens to keep of each.
+        grid: Raster of their candidates.
+        columns: (G, n) columns of the candidates in their rows.
+        rows: (G, 1) rows of the units, on the device.
+        places: `columns` on the device.
     """
 
-    rule: Stage
-    count: int
-    grid: tuple[int, int] | None
     members: list[int]
     units: list[Unit]
     candidates: list[np.ndarray]
+    count: int
+    grid: tuple[int, int] | None
+    columns: np.ndarray
+    rows: Tensor
+    places: Tensor
 
-    @property
-    def columns(self) -> np.ndarray:
-        """(G, n) columns of the candidates in their rows."""
-        return np.stack([unit.columns[places] for unit, places in zip(self.units, self.candidates, strict=True)])
-
-    @property
-    def rows(self) -> np.ndarray:
-        """(G, 1) rows of the units."""
-        return np.array([[unit.row] for unit in self.units])
+    def select(
+        self, select: Select, hidden: Tensor, sizes: Tensor | None, provider: Provider | None
+    ) -> CompressedTokens:
+        """The method's decision about the candidates' columns of `hidden` (B, L, D)."""
+        inputs = None if provider is None else provider.inputs(self)
+        own = None if sizes is None else sizes[self.rows, self.places]
+        return select(hidden[self.rows, self.places], self.count, grid=self.grid, sizes=own, inputs=inputs)
 
 
-def _groups(stage: Stage, units: Sequence[Unit], view: StageView | None) -> list[_Group]:
-    """Units that lose tokens at a stage, those that can share a call together."""
-    rules = [stage.rule(unit.blocks[0]) for unit in units]
-    candidates = [candidates_of(rule, unit) for rule, unit in zip(rules, units, strict=True)]
-    counts = _counts(rules, units, candidates)
+def groups_of(
+    select: Select,
+    units: Sequence[Unit],
+    candidates: Sequence[np.ndarray],
+    counts: Sequence[int | None],
+    provider: Provider | None,
+    device: torch.device,
+) -> Iterator[Group]:
+    """Units that lose tokens, those that can share a call of the method together.
+
+    Only candidates enter the batch, so that no method can choose another column or be influenced by it.
+
+    Args:
+        select: The method.
+        units: Units of the stage.
+        candidates: Of each, (n,) positions to choose from.
+        counts: Tokens to keep of each; None for one that is no business of the method's.
+        provider: What methods may ask for, None if none asks for anything.
+        device: Where the tokens are.
+    """
     keys = []
-    for rule, unit, places, count in zip(rules, units, candidates, counts, strict=True):
-        asked = None if view is None else view.input_length(rule.select.needs, unit)
-        key = (len(places), count, rule is stage, grid_of(unit, len(places)), asked)
-        keys.append(key if count < len(places) else None)
-    return [
-        _Group(
-            rules[members[0]],
-            counts[members[0]],
-            keys[members[0]][3],
-            members,
-            [units[member] for member in members],
-            [candidates[member] for member in members],
-        )
-        for members in equal(keys)
-    ]
+    for unit, places, count in zip(units, candidates, counts, strict=True):
+        asked = None if provider is None else provider.asked_length(select.needs, unit)
+        key = (len(places), count, grid_of(unit, len(places)), asked)
+        keys.append(None if count is None or count >= len(places) else key)
+    for members in equal(keys):
+        own = [units[member] for member in members]
+        chosen = [candidates[member] for member in members]
+        columns = np.stack([unit.columns[places] for unit, places in zip(own, chosen, strict=True)])
+        rows = to_device(np.array([[unit.row] for unit in own]), device)
+        _, count, grid, _ = keys[members[0]]
+        yield Group(members, own, chosen, count, grid, columns, rows, to_device(columns, device))
 
 
-def _choose_alike(group: _Group, hidden: Tensor, sizes: Tensor | None, view: StageView | None) -> list[Choice | None]:
+def _choices(group: Group, select: Select, result: CompressedTokens, sizes: Tensor | None) -> list[Choice | None]:
     """The method's choice for every unit of a group; None where it would not make the unit shorter."""
-    columns, select = group.columns, group.rule.select
-    rows, places = to_device(group.rows, hidden.device), to_device(columns, hidden.device)
-    inputs = None if view is None else BlockInputs(view, group.units, columns)
-    own = None if sizes is None else sizes[rows, places]
-    result = select(hidden[rows, places], group.count, grid=group.grid, sizes=own, inputs=inputs)
-    if result.indices.shape[1] >= columns.shape[1]:
+    if result.indices.shape[1] >= group.columns.shape[1]:
         return [None] * len(group.units)  # with the basis appended there would be no fewer rows than before
     pairs = list(zip(group.units, group.candidates, strict=True))
     simple = [not select.adaptive and is_simple(unit, candidates) for unit, candidates in pairs]
     known = None if all(simple) else result.indices.cpu().numpy()
-    folded = None if sizes is None else token_sizes(result, own)
+    folded = None if sizes is None else token_sizes(result, sizes[group.rows, group.places])
     choices: list[Choice | None] = []
     for number, (unit, candidates) in enumerate(pairs):
         tokens, indices = result.tokens[number], result.indices[number]
@@ -294,6 +335,29 @@ def grid_of(unit: Unit, candidates: int) -> tuple[int, int] | None:
     grid = unit.blocks[0].origin.grid
     whole_raster = grid is not None and len(unit.blocks) == 1 and grid[0] * grid[1] == candidates
     return grid if whole_raster else None
+
+
+def budget_for(budget: Budget, length: int, item: int, images: int) -> int:
+    """Tokens kept of `length`; never more than there are, never less than one.
+
+    Args:
+        budget: Count, share (float), one count per image, or None for all.
+        length: Tokens there are.
+        item: Number of the image in the call.
+        images: Images of the call.
+
+    Raises:
+        ValueError: A list of budgets that does not match the number of images.
+    """
+    if budget is None:
+        return length
+    if isinstance(budget, float):
+        return max(1, int(budget * length))
+    if isinstance(budget, Sequence):
+        if len(budget) != images:
+            raise ValueError(f"{len(budget)} budgets {list(budget)} were given for {images} images; give one per image")
+        budget = budget[item]
+    return min(budget, length)
 
 
 def equal(keys: Sequence[Any]) -> list[list[int]]:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from apet.adapters import host
 from apet.adapters.hooks import InFlight, Removable, Wrapped
+from apet.adapters.layout import Unit
+from apet.adapters.stages import Group
 
 
 class TowerDepth:
@@ -91,6 +93,17 @@ class TowerCall:
         """(C, N, heads, d) keys of every row, bias included."""
         return self._project(layer).keys.transpose(1, 2)[:, -self.shape[1] :]
 
+    def states(self, layer: int) -> Tensor:
+        """(C, N, D) what entered a layer, row by row."""
+        return self._inputs[layer % len(self._layers)][:, -self.shape[1] :]
+
+    def asked_length(self, needs: Collection[str], unit: Unit) -> None:
+        """Crops with equally many rows have inputs of one length."""
+
+    def inputs(self, group: Group) -> "_CropInputs":
+        """What a method at the vision stage may ask for about a group of crops."""
+        return _CropInputs(self, group)
+
     def _project(self, layer: int) -> host.Projected:
         index = layer % len(self._layers)
         if index not in self._projected:
@@ -99,27 +112,26 @@ class TowerCall:
 
 
 @dataclass(frozen=True)
-class CropInputs:
-    """`StageInputs` of a group of crops at the vision stage.
-
-    Attributes:
-        call: What the tower did.
-        rows: (G, 1) crops of the group.
-        places: (G, n) their rows that take part.
-    """
+class _CropInputs:
+    """`StageInputs` of a group of crops at the vision stage."""
 
     call: TowerCall
-    rows: Tensor
-    places: Tensor
+    group: Group
 
     def cls_attention(self, layer: int) -> Tensor:
-        return self.call.attention(layer)[self.rows, self.places].transpose(1, 2)
+        return self._own(self.call.attention(layer)).transpose(1, 2)
 
     def vision_keys(self, layer: int) -> Tensor:
-        return self.call.keys(layer)[self.rows, self.places].transpose(1, 2)
+        return self._own(self.call.keys(layer)).transpose(1, 2)
+
+    def vision_states(self, layer: int) -> Tensor:
+        return self._own(self.call.states(layer))
 
     def vision_features(self) -> Tensor:
-        return self.call.features[self.rows, self.places]
+        return self._own(self.call.features)
+
+    def _own(self, values: Tensor) -> Tensor:
+        return values[self.group.rows, self.group.places]
 
 
 class TowerTap:

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from apet.adapters.base import Adapter, register
+from apet.adapters.base import Adapter, UsualImage, register
 from apet.adapters.layout import Item, square
 
 _CLASS_TOKEN = -2
+_USUAL_FRAMES = 8
 
 
 @register
@@ -31,6 +32,13 @@ class VideoLlava(Adapter):
     def row_projector(self) -> nn.Module:
         """The projector of images and frames."""
         return self.base_model.multi_modal_projector
+
+    @property
+    def usual_image(self) -> UsualImage:
+        """A clip of eight frames, each with its class token."""
+        vision = self.model.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        return UsualImage(f"a clip of {_USUAL_FRAMES} frames", _USUAL_FRAMES * patches, _USUAL_FRAMES, _USUAL_FRAMES)
 
     def image_items(self, features: Sequence[Tensor], given: Mapping[str, Any]) -> list[Item]:
         """With the strategy "full" images have a class token too."""

@@ -5,54 +5,20 @@ arranges the crops as it always does (tiles, unpadding, newlines) and its count 
 then drops the columns of the zero rows (`adapters.prompt`), which it finds through the record of the encoder call.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from apet.adapters.hooks import InFlight, Removable
-from apet.adapters.layout import NEWLINE, Item, follows, square, to_device
-from apet.adapters.tower import CropInputs, TowerCall, TowerTap
-from apet.core.types import CompressedTokens, token_sizes
-
-Budget = int | float | Sequence[int] | None
-
-
-class Select(Protocol):
-    """A compression method bound to one stage.
-
-    Attributes:
-        features: Where a vision stage reads tokens: "pre_projector" or "post_projector".
-        adaptive: Whether a block may get fewer rows than asked for; missing ones have index -1 and stand last.
-        needs: Inputs the method asks for, by name, with their layers.
-        reads_sizes: Whether it weighs rows with the tokens folded into them.
-        size_bias: Whether sizes go into the decoder's attention.
-    """
-
-    features: str
-    adaptive: bool
-    needs: Mapping[str, tuple[int, ...]]
-    reads_sizes: bool
-    size_bias: bool
-
-    def __call__(
-        self,
-        tokens: Tensor,
-        keep: int,
-        *,
-        grid: tuple[int, int] | None = None,
-        sizes: Tensor | None = None,
-        inputs: Any = None,
-    ) -> CompressedTokens:
-        """Reduce blocks (B, N, D) to `keep` rows.
-
-        `grid` is (rows, columns) of a full raster, `sizes` (B, N) the image tokens behind every row, `inputs` what the
-        method may ask for.
-        """
+from apet.adapters.layout import NEWLINE, PADDING, Block, Item, Layout, Segment, Unit, follows, square, to_device
+from apet.adapters.stages import Budget, Choice, Group, Select, budget_for, groups_of, whole
+from apet.adapters.tower import TowerCall, TowerTap
+from apet.core.types import token_sizes
 
 
 @dataclass(frozen=True)
@@ -128,28 +94,20 @@ class ImageRecord:
             return np.flatnonzero(keep | (columns == NEWLINE))
         return np.flatnonzero(keep | follows(self.layout.lines, keep))
 
-
-def budget_for(budget: Budget, length: int, item: int, images: int) -> int:
-    """Tokens kept of `length`; never more than there are, never less than one.
-
-    Args:
-        budget: Count, share (float), one count per image, or None for all.
-        length: Tokens there are.
-        item: Number of the image in the call.
-        images: Images of the call.
-
-    Raises:
-        ValueError: A list of budgets that does not match the number of images.
-    """
-    if budget is None:
-        return length
-    if isinstance(budget, float):
-        return max(1, int(budget * length))
-    if isinstance(budget, Sequence):
-        if len(budget) != images:
-            raise ValueError(f"{len(budget)} budgets {list(budget)} were given for {images} images; give one per image")
-        budget = budget[item]
-    return min(budget, length)
+    def choice(self, unit: Unit, device: torch.device) -> Choice:
+        """What the projector hooks kept of an image, as columns of its block."""
+        if self.kept is None:
+            return whole(unit, device)
+        if self.is_plain and unit.length == self.layout.length:
+            kept = self.kept[0]
+            return Choice(len(kept), kept, sizes=None if self.sizes is None else self.sizes[kept])
+        columns = self.kept_columns()
+        columns = columns[columns < unit.length]
+        sizes = None
+        if self.sizes is not None:
+            rows = to_device(self.layout.columns[columns], device)
+            sizes = torch.where(rows < 0, 1, self.sizes[rows.clamp(min=0)])  # a newline stands for itself
+        return Choice(columns, torch.from_numpy(columns), sizes=sizes)
 
 
 @dataclass(eq=False)
@@ -296,70 +254,78 @@ class VisionStage:
     @torch.compiler.disable
     def _compress(self, encoding: Encoding, tokens: Tensor, features: Tensor) -> Tensor:
         """Kept rows (C, K, D) of `tokens`, filled up with zeros; all of them where every crop is kept whole."""
-        shown = np.concatenate([layout.shown for layout in encoding.layouts])
-        counts = self._counts(encoding, features, shown)
+        units = self._units(encoding.layouts)
+        counts = self._counts(encoding, features, units)
         if all(count is None for count in counts):
             return tokens
-        return self._keep(encoding, tokens, counts, shown)
+        return self._keep(encoding, tokens, units, counts)
 
-    def _counts(self, encoding: Encoding, features: Tensor, shown: np.ndarray) -> list[int | None]:
-        """Tokens to keep of every crop; None for a crop that is kept whole."""
-        length = features.shape[1]
+    def _units(self, layouts: Sequence[ImageLayout]) -> list[Unit]:
+        """Every crop as what the method chooses from: the rows that the prompt shows, or all of them as published."""
+        shown = np.concatenate([layout.shown for layout in layouts])
+        crops = np.arange(len(shown)).reshape(-1, 1)
+        grid = square(shown.shape[1])
+        segments = tuple(Segment(crop, number=crop, grid=grid) for crop in range(len(shown)))
+        return Layout(np.where(shown | self._published, crops, PADDING), segments=segments).units(_by_segment)
+
+    def _counts(self, encoding: Encoding, features: Tensor, units: Sequence[Unit]) -> list[int | None]:
+        """Tokens to keep of every crop; None for one that is kept whole."""
         if self._per_image and self._budget is not None:
-            return self._split_by_error(encoding, features, shown)
-        counts, images = [], len(encoding.layouts)
-        for item, layout in enumerate(encoding.layouts):
-            counts += [budget_for(self._budget, length, item, images)] * layout.crops
-        if self._published:
-            return [None if count >= length else count for count in counts]
-        return [None if count >= real else count for count, real in zip(counts, shown.sum(1).tolist(), strict=True)]
-
-    def _split_by_error(self, encoding: Encoding, features: Tensor, shown: np.ndarray) -> list[int | None]:
-        """Each image's budget over its crops, in proportion to the energy its basis cannot rebuild."""
-        errors = features.new_zeros(features.shape[:2], dtype=torch.float32)
-        for _, rows, places in _equal_crops(shown, [0] * len(shown), features.device):
-            half = max(1, places.shape[1] // 2)
-            inputs = _inputs(encoding, rows, places)
-            errors[rows, places] = self._select(features[rows, places], half, inputs=inputs).errors
-        mass = errors.square().sum(-1).double().cpu().numpy()
-        real = shown.sum(1)
-        counts: list[int | None] = []
-        for item, layout in enumerate(encoding.layouts):
-            members = slice(len(counts), len(counts) + layout.crops)
-            budget = budget_for(self._budget, int(real[members].sum()), item, len(encoding.layouts))
-            split = _proportional(budget, mass[members], real[members])
-            counts += [
-                None if count >= limit else int(count) for count, limit in zip(split, real[members], strict=True)
+            counts = self._split_by_error(encoding, features, units)
+        else:
+            length, images = features.shape[1], len(encoding.layouts)
+            of_crop = [
+                budget_for(self._budget, length, image, images)
+                for image, layout in enumerate(encoding.layouts)
+                for _ in range(layout.crops)
             ]
+            counts = [of_crop[unit.row] for unit in units]
+        return [None if count >= unit.length else count for count, unit in zip(counts, units, strict=True)]
+
+    def _split_by_error(self, encoding: Encoding, features: Tensor, units: Sequence[Unit]) -> list[int]:
+        """Each image's budget over its crops, in proportion to the energy its basis cannot rebuild."""
+        halves = [max(1, unit.length // 2) for unit in units]
+        mass = features.new_zeros(len(units), dtype=torch.float64)
+        for group in self._groups(encoding, units, halves, features):
+            errors = group.select(self._select, features, None, encoding.tower).errors
+            mass[to_device(np.array(group.members), mass.device)] = errors.square().sum(-1).double()
+        mass, lengths = mass.cpu().numpy(), np.array([unit.length for unit in units])
+        images, counts, start = len(encoding.layouts), [], 0
+        for image, layout in enumerate(encoding.layouts):
+            members = [number for number, unit in enumerate(units) if start <= unit.row < start + layout.crops]
+            budget = budget_for(self._budget, int(lengths[members].sum()), image, images)
+            counts += _proportional(budget, mass[members], lengths[members]).tolist()
+            start += layout.crops
         return counts
 
-    def _keep(self, encoding: Encoding, tokens: Tensor, counts: Sequence[int | None], shown: np.ndarray) -> Tensor:
+    def _groups(
+        self, encoding: Encoding, units: Sequence[Unit], counts: Sequence[int | None], tokens: Tensor
+    ) -> Iterator[Group]:
+        every = [np.arange(unit.length) for unit in units]
+        return groups_of(self._select, units, every, counts, encoding.tower, tokens.device)
+
+    def _keep(self, encoding: Encoding, tokens: Tensor, units: Sequence[Unit], counts: Sequence[int | None]) -> Tensor:
         """Kept rows (C, K, D), filled up with zeros; the encoding learns the kept positions (K_c,) of every crop."""
-        real = np.ones_like(shown) if self._published else shown
-        limits = real.sum(1).tolist()
-        sizes = [limit if count is None else count for count, limit in zip(counts, limits, strict=True)]
-        kept_rows = tokens.new_zeros(len(counts), max(sizes), tokens.shape[2])
-        kept: list[Tensor] = [torch.empty(0)] * len(counts)
+        most = max(unit.length if count is None else count for unit, count in zip(units, counts, strict=True))
+        rows = tokens.new_zeros(len(tokens), most, tokens.shape[2])
+        kept = [torch.empty(0, dtype=torch.long, device=tokens.device)] * len(tokens)
         folded = tokens.new_ones(tokens.shape[:2], dtype=torch.float32) if self._keep_sizes else None
-        for members, rows, places in _equal_crops(real, sizes, tokens.device):
-            count = sizes[members[0]]
-            block = tokens[rows, places]
-            rows_kept, own = [count] * len(members), None
-            if count < places.shape[1]:
-                grid = square(places.shape[1]) if places.shape[1] == tokens.shape[1] else None
-                result = self._select(block, count, grid=grid, inputs=_inputs(encoding, rows, places))
-                block, places = result.tokens, places.gather(1, result.indices.clamp(min=0))
-                own = None if folded is None else token_sizes(result)
-                if self._select.adaptive:
-                    rows_kept = (result.indices >= 0).sum(1).tolist()
-            kept_rows[rows.flatten(), :count] = block
-            for position, crop in enumerate(members):
-                kept[crop] = places[position, : rows_kept[position]]
+        for group in self._groups(encoding, units, counts, tokens):
+            result = group.select(self._select, tokens, None, encoding.tower)
+            rows[group.rows.flatten(), : group.count] = result.tokens
+            places = group.places.gather(1, result.indices.clamp(min=0))
+            numbers = (result.indices >= 0).sum(1).tolist() if self._select.adaptive else [group.count] * len(places)
+            own = None if folded is None else token_sizes(result)
+            for position, (unit, number) in enumerate(zip(group.units, numbers, strict=True)):
+                kept[unit.row] = places[position, :number]
                 if own is not None:
-                    folded[crop, kept[crop]] = own[position, : rows_kept[position]]
+                    folded[unit.row, kept[unit.row]] = own[position, :number]
+        for unit in (unit for unit, count in zip(units, counts, strict=True) if count is None):
+            kept[unit.row] = to_device(unit.columns, tokens.device)
+            rows[unit.row, : unit.length] = tokens[unit.row, kept[unit.row]]
         encoding.kept = kept
         encoding.records = self._records(encoding.layouts, kept, folded)
-        return kept_rows[:, : max(map(len, kept))]
+        return rows[:, : max(map(len, kept))]
 
     def _records(
         self, layouts: Sequence[ImageLayout], kept: Sequence[Tensor], sizes: Tensor | None
@@ -374,27 +340,8 @@ class VisionStage:
         return tuple(records)
 
 
-def _inputs(encoding: Encoding, rows: Tensor, places: Tensor) -> CropInputs | None:
-    """What the method may ask for about a group of crops."""
-    return None if encoding.tower is None else CropInputs(encoding.tower, rows, places)
-
-
-def _equal_crops(
-    real: np.ndarray, counts: Sequence[int], device: torch.device
-) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Crops with equally many real rows and the same count, as one batch.
-
-    Yields their numbers on the host, the same (G, 1) on the device, and their real rows (G, n).
-
-    Padding is left out of the batch rather than masked, so that no method can choose it or be influenced by it.
-    """
-    groups: dict[tuple[int, int], list[int]] = {}
-    for crop, count in enumerate(counts):
-        groups.setdefault((int(real[crop].sum()), count), []).append(crop)
-    for (size, _), members in groups.items():
-        if size:
-            places = np.stack([np.flatnonzero(real[crop]) for crop in members])
-            yield members, to_device(np.array(members).reshape(-1, 1), device), to_device(places, device)
+def _by_segment(block: Block) -> int:
+    return block.segment
 
 
 def _lengths(kept: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -1,1 +1,1 @@
-"""Speed: ``python -m apet.bench COMMAND``; `apet.bench.__main__` says what a sub-command must have."""
+"""Speed: ``apet bench COMMAND``; `apet.bench.__main__` says what a sub-command must have."""

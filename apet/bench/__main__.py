@@ -1,22 +1,28 @@
-"""The command line: ``python -m apet.bench COMMAND``: a table for people, and as the last line one JSON object.
+"""The command line ``apet bench COMMAND``: a table for people, and as the last line one JSON object.
 
 A sub-command is a module of this package with `add_arguments(parser)` and `run(args) -> dict`, named in `COMMANDS`.
 What `run` returns is JSON; its "tables" (`apet.bench.output.table`) are printed and everything goes to the JSON line.
 """
 
-import argparse
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from apet.bench.output import environment, markdown
 from apet.eval.benchmarks.files import user_path, write_json_atomic, write_text_atomic
 from apet.eval.scoring_cli import Parser
 
-# Name of the sub-command and of its module. The first line of the module's docstring is its help.
-COMMANDS = ("compress", "prefill", "generate", "eval", "cost", "serve")
+# Name of the sub-command and of its module, with an example. The first line of the module's docstring is its help.
+COMMANDS: Mapping[str, str] = {
+    "compress": "--methods all --shapes 1x576x1024:96",
+    "prefill": "--preset cpu-small --batch 1,4",
+    "generate": "--preset llava-1.5-7b --batch 1,16 --new_tokens 2,16 --device cuda",
+    "eval": "--model-path data/sample/model/llava-v1.5-sample --tokens 64 --batch_size 16",
+    "cost": "--preset llava-1.5-7b --tflops 600 --gbytes 4000",
+    "serve": "--server http://localhost:8000 --baseline http://localhost:8001",
+}
 
 
 def module_of(command: str) -> ModuleType:
@@ -27,8 +33,11 @@ def module_of(command: str) -> ModuleType:
 def parser(command: str) -> Parser:
     """The flags of one sub-command."""
     module = module_of(command)
-    flags = Parser(prog=f"python -m apet.bench {command}", description=module.__doc__, allow_abbrev=False)
-    flags.formatter_class = argparse.RawDescriptionHelpFormatter
+    name = f"apet bench {command}"
+    flags = Parser(
+        prog=name, usage=f"{name} [options]", description=module.__doc__, allow_abbrev=False,
+        epilog=f"examples:\n  {name} {COMMANDS[command]}",
+    )  # fmt: skip
     flags.add_argument("--json", metavar="FILE", help="write the JSON object here too")
     flags.add_argument("--markdown", metavar="FILE", help="write the tables here too")
     module.add_arguments(flags)
@@ -39,7 +48,8 @@ def usage() -> str:
     """The list of sub-commands."""
     width = max(map(len, COMMANDS))
     lines = [f"  {command:{width}}  {module_of(command).__doc__.splitlines()[0]}" for command in COMMANDS]
-    return "\n".join(["usage: python -m apet.bench COMMAND [--help] ...", "", *lines])
+    examples = [f"  apet bench {command} {words}" for command, words in COMMANDS.items()]
+    return "\n".join(["usage: apet bench COMMAND [--help] ...", "", *lines, "", "examples:", *examples])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command, *rest = words
     if command not in COMMANDS:
         known = ", ".join(COMMANDS)
-        print(f"python -m apet.bench: error: unknown command {command!r}; choose {known}", file=sys.stderr)
+        print(f"apet bench: error: unknown command {command!r}; choose {known}", file=sys.stderr)
         return 2
     flags = parser(command)
     args = flags.parse_args(rest)

@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from apet.bench.timing import number
+from apet.tables import markdown_table
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
@@ -27,9 +28,8 @@ def markdown(tables: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> s
     """Tables in Markdown, above them the machine."""
     parts = [", ".join(f"{name} {value}" for name, value in where.items() if value is not None)]
     for one in tables:
-        lines = [f"**{one['title']}**", "", _line(one["columns"]), _line("---" for _ in one["columns"])]
-        lines += [_line(map(_cell, row)) for row in one["rows"]]
-        parts.append("\n".join(lines))
+        rows = [[_cell(value) for value in row] for row in one["rows"]]
+        parts.append(f"**{one['title']}**\n\n{markdown_table(one['columns'], rows)}".rstrip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -55,10 +55,6 @@ def _cpu_model() -> str:
     except OSError:
         names = []
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _line(cells) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _cell(value: Any) -> str:

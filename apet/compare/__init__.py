@@ -1,10 +1,9 @@
-"""Methods side by side on one checkpoint: ``python -m apet.compare --model-path M --data DATA --methods all``.
+"""Methods side by side on one checkpoint: ``apet compare --model-path M --data DATA --methods all``.
 
 One model load; every (benchmark, method, budget, seed) is answered, recorded and scored in a folder of its own, and a
 finished one is never run again. Then one table with paired bootstrap intervals, and one picture. What the numbers mean
 and how they are computed: docs/compare.md. The modules, in the order in which they are used:
 
-    (the package that loads checkpoints is found by apet.eval.loader; this one never imports it)
     plan       which cells there are: methods x budgets x seeds, and which are skipped for what reason
     tasks      a benchmark's files, also of its first N questions, and its scorer
     execute    answers and scores cells, resumably
@@ -12,5 +11,5 @@ and how they are computed: docs/compare.md. The modules, in the order in which t
     results    cells to rows of the table
     difficulty questions that average pooling answers too, apart from the others
     table      rows as Markdown and CSV
-    plot       rows as accuracy.png
+    plot       rows as curves
 """

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from apet.compare.execute import Finished
 from apet.compare.plan import UNCOMPRESSED
+from apet.eval.metrics import percent
 
 CHEAP = "avg_pool"
 _RIGHT = 0.5  # correctness is a share where annotators disagree
@@ -57,9 +58,5 @@ def _rows(runs: Mapping[tuple[str, int | None], Sequence[Mapping[str, float]]]) 
         answered = [key for key, value in full.items() if value >= _RIGHT]
         hard = [key for key in answered if cheap[key] < _RIGHT]
         easy = [key for key in answered if cheap[key] >= _RIGHT]
-        yield SplitRow(method, budget, _percent(samples, hard), _percent(samples, easy), len(hard), len(easy))
-
-
-def _percent(samples: Sequence[Mapping[str, float]], keys: Sequence[str]) -> float | None:
-    values = [sample[key] for sample in samples for key in keys]
-    return 100 * sum(values) / len(values) if values else None
+        shares = [percent(sample[key] for sample in samples for key in keys) for keys in (hard, easy)]
+        yield SplitRow(method, budget, *shares, len(hard), len(easy))

@@ -1,7 +1,7 @@
 """From finished cells to rows: score, percent of the uncompressed model with its interval, rank, tokens, cost."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -9,56 +9,9 @@ from apet.compare.bootstrap import RESAMPLES, interval, resampled_scores
 from apet.compare.cost import Cost, Key
 from apet.compare.execute import Finished
 from apet.compare.plan import BASELINE, UNCOMPRESSED
-
-AVERAGE = "average"
-Interval = tuple[float, float] | None
-
-
-@dataclass(frozen=True)
-class Row:
-    """A method at a budget, on one benchmark or on average; seeds are pooled.
-
-    Attributes:
-        benchmark: Name of the task, or "average".
-        metric: What the score is.
-        method: Registered name.
-        budget: Tokens asked for; None for the uncompressed model.
-        score: Mean over the seeds; on average the mean over the benchmarks of the score in percent of `maximum`.
-        spread: Standard deviation of the score over seeds; None with fewer than two.
-        score_interval: 95 % interval of the score itself.
-        percent: Percent of the uncompressed score; on average the mean percentage.
-        percent_interval: Its 95 % interval.
-        difference: Score minus that of random selection at the same budget, in points.
-        difference_interval: Its 95 % interval.
-        rank: 1 for the best at this budget; equal values share the better rank.
-        tokens: Visual tokens per question averaged over layers, as measured.
-        seeds: Number of seeds; 1 for methods that do not draw.
-        questions: Questions scored.
-        pictures: Pictures they are about: the units that intervals are resampled by.
-        maximum: The best score there is.
-        cost: Time and memory, of the method on some questions of all benchmarks; None if they were not measured.
-    """
-
-    benchmark: str
-    metric: str
-    method: str
-    budget: int | None
-    score: float
-    tokens: float | None
-    questions: int
-    pictures: int
-    seeds: int
-    maximum: float = 100.0
-    cost: Cost | None = None
-    spread: float | None = None
-    score_interval: Interval = None
-    percent: float | None = None
-    percent_interval: Interval = None
-    difference: float | None = None
-    difference_interval: Interval = None
-    rank: int | None = None
-    resamples: np.ndarray = field(default=None, repr=False, compare=False)
-    percent_resamples: np.ndarray = field(default=None, repr=False, compare=False)
+from apet.compare.rows import AVERAGE, Row
+from apet.compare.significance import with_p_values
+from apet.eval.metrics import mean
 
 
 def rows_of(
@@ -75,7 +28,8 @@ def rows_of(
         tables = {AVERAGE: _average_rows(list(tables.values())), **tables}
     return {
         name: [
-            replace(row, cost=(costs or {}).get((row.method, row.budget))) for row in _ordered(_ranked(_compared(rows)))
+            replace(row, cost=(costs or {}).get((row.method, row.budget)))
+            for row in _ordered(with_p_values(_ranked(_compared(rows))))
         ]
         for name, rows in tables.items()
     }
@@ -106,7 +60,7 @@ def _row(members: Sequence[Finished], values: np.ndarray, maximum: float, pictur
         method=first.cell.method,
         budget=first.cell.tokens,
         score=float(np.mean(scores)),
-        tokens=_mean(one.record["layer_averaged_tokens"] for one in members),
+        tokens=mean(one.record["layer_averaged_tokens"] for one in members),
         questions=first.score["n_questions"],
         pictures=pictures,
         seeds=len(members),
@@ -132,11 +86,11 @@ def _average_rows(tables: Sequence[Sequence[Row]]) -> list[Row]:
                 method=method,
                 budget=budget,
                 score=float(np.mean([100 * row.score / row.maximum for row in rows])),
-                tokens=_mean(row.tokens for row in rows),
+                tokens=mean(row.tokens for row in rows),
                 questions=sum(row.questions for row in rows),
                 pictures=sum(row.pictures for row in rows),
                 seeds=rows[0].seeds,
-                percent=_mean(row.percent for row in rows),
+                percent=mean(row.percent for row in rows),
                 resamples=np.mean([100 * row.resamples / row.maximum for row in rows], axis=0),
                 percent_resamples=np.mean([row.percent_resamples for row in rows], axis=0),
             )
@@ -190,8 +144,3 @@ def _ranked(rows: Sequence[Row]) -> list[Row]:
 
 def _ordered(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: (row.budget is not None, -(row.budget or 0), row.rank or 0, row.method))
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    values = list(values)
-    return None if not values or None in values else float(np.mean(values))

@@ -1,7 +1,7 @@
 """The comparison as text: Markdown for people, CSV for programs."""
 
 import csv
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from apet.bench.timing import Timing
@@ -10,16 +10,19 @@ from apet.compare.cost import ANSWER_TOKENS, ROUNDS, Cost
 from apet.compare.difficulty import SplitRow
 from apet.compare.execute import Finished
 from apet.compare.plan import UNCOMPRESSED, Skip
-from apet.compare.results import AVERAGE, Interval, Row
+from apet.compare.published import PUBLISHED, Agreement, agreement
+from apet.compare.rows import AVERAGE, Interval, Row
 from apet.eval.benchmarks.files import replacing
+from apet.tables import markdown_table, number
 
 _INTERVAL = "95 % (by picture)"
-_HEADER = ("method", "budget", "tokens", "score", "% of none", _INTERVAL, "rank", "above random", _INTERVAL, "seeds")
+_HEADER = ("method", "budget", "tokens", "score", "% of none", _INTERVAL, "rank", "above random", _INTERVAL, "p, apet",
+           "p, best peer", "seeds")  # fmt: skip
 _COST_HEADER = ("TTFT, ms", "sooner than none", "than random", "questions/s", "/ none", "/ random", "memory, MiB")
 _SPLIT_HEADER = ("method", "budget", "hard, %", "questions", "easy, %", "questions")
 _CSV = ("benchmark", "metric", "method", "budget", "tokens", "score", "spread", "percent", "percent_low",
-        "percent_high", "rank", "difference", "difference_low", "difference_high", "seeds", "questions",
-        "pictures")  # fmt: skip
+        "percent_high", "rank", "difference", "difference_low", "difference_high", "p_apet", "p_peer", "seeds",
+        "questions", "pictures")  # fmt: skip
 _CSV_COST = ("first_token_ms", "first_token_p10", "first_token_p90", "first_token_none", "first_token_random",
              "questions_per_second", "questions_per_second_p10", "questions_per_second_p90", "rate_none", "rate_random",
              "peak_bytes")  # fmt: skip
@@ -36,26 +39,36 @@ def markdown(
     Time and memory are in the first table: they are a method's and no benchmark's.
     """
     parts = [caption(finished), *(f"NOTE: {note}\n" for note in notes(finished))]
-    measured = False
-    for number, (name, rows) in enumerate(tables.items()):
+    measured, first = False, next(iter(tables.values()))
+    for place, (name, rows) in enumerate(tables.items()):
         title = name if name == AVERAGE else f"{name} ({rows[0].metric}, {_counts(rows[0])})"
-        lines = [_HEADER, *map(_cells, rows)]
-        if number == 0 and any(row.cost for row in rows):
+        lines: list[Sequence[str]] = [_HEADER, *map(_cells, rows)]
+        if place == 0 and any(row.cost for row in rows):
             measured = True
             costs = [_COST_HEADER, *(_cost_cells(row.cost) for row in rows)]
             lines = [(*line, *cost) for line, cost in zip(lines, costs, strict=True)]
-        parts.append(f"### {title}\n\n{_aligned(lines)}")
+        parts.append(f"### {title}\n\n{markdown_table(lines[0], lines[1:])}")
     parts.append(_LEGEND + (_COST_LEGEND if measured else ""))
     for name, rows in split.items():
-        cells = [(row.method, str(row.budget), _number(row.hard, 1), str(row.n_hard), _number(row.easy, 1),
+        cells = [(row.method, str(row.budget), number(row.hard, 1), str(row.n_hard), number(row.easy, 1),
                   str(row.n_easy)) for row in rows]  # fmt: skip
-        parts.append(f"### {name}, by difficulty\n\n{_aligned([_SPLIT_HEADER, *cells])}")
+        parts.append(f"### {name}, by difficulty\n\n{markdown_table(_SPLIT_HEADER, cells)}")
     if split:
         parts.append(_SPLIT_LEGEND)
+    agreements = list(filter(None, (_agreement(budget, first) for budget in PUBLISHED)))
+    if agreements:
+        parts.append("### Against published results\n\n" + "\n".join(map(str, agreements)))
     if skips:
         lines = "".join(f"- {method} at {budgets}: {reason}\n" for method, budgets, reason in _grouped(skips))
         parts.append(f"Not run:\n\n{lines}")
     return "\n".join(parts)
+
+
+def _agreement(budget: int, rows: Sequence[Row]) -> Agreement | None:
+    """How the first table orders the methods of a budget, against published results."""
+    own = [row for row in rows if row.budget == budget and row.percent is not None]
+    resamples = {row.method: row.percent_resamples for row in own} if all(row.pictures > 1 for row in own) else None
+    return agreement(budget, {row.method: row.percent for row in own}, resamples)
 
 
 def summary(tables: Mapping[str, Sequence[Row]], finished: Sequence[Finished]) -> str:
@@ -77,7 +90,7 @@ def summary(tables: Mapping[str, Sequence[Row]], finished: Sequence[Finished]) -
     )
     header = ("method", *(f"{budget} tokens" for budget in budgets))
     return "\n".join([caption(finished), *(f"NOTE: {note}\n" for note in notes(finished)), title,
-                      _aligned([header, *lines])])  # fmt: skip
+                      markdown_table(header, lines)])  # fmt: skip
 
 
 def caption(finished: Sequence[Finished]) -> str:
@@ -139,6 +152,8 @@ in percent of its points. % of none: score in percent of the uncompressed model'
 95 %: paired bootstrap that draws pictures, each with all its questions ({RESAMPLES:,} resamples; random selection: mean
 over its seeds in each).
 rank: at the same budget, 1 is best. above random: points above random selection at the same budget.
+p: two-sided p-value of no difference from `apet`, and from the best peer, at the same budget (same resamples, Holm's
+correction over the methods of a budget).
 """
 _COST_LEGEND = f"""\
 TTFT: time from the prepared question to the first token, one question at a time, median (10th..90th percentile) of
@@ -158,19 +173,25 @@ def _counts(row: Row) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    score = _number(row.score, 2) + ("" if row.spread is None else f" ± {row.spread:.2f}")
+    score = number(row.score, 2) + ("" if row.spread is None else f" ± {row.spread:.2f}")
     return [
         row.method,
         "all" if row.method == UNCOMPRESSED else str(row.budget),
-        _number(row.tokens, 1),
+        number(row.tokens, 1),
         score,
-        _number(row.percent, 1),
+        number(row.percent, 1),
         _bounds(row.percent_interval, 1),
         "" if row.rank is None else str(row.rank),
         "" if row.difference is None else f"{row.difference:+.2f}",
         _bounds(row.difference_interval, 2),
+        _p(row.p_apet),
+        _p(row.p_peer),
         str(row.seeds),
     ]
+
+
+def _p(value: float | None) -> str:
+    return number(value, 3) if value is None or value >= 0.001 else "< 0.001"
 
 
 def _cost_cells(cost: Cost | None) -> list[str]:
@@ -178,11 +199,11 @@ def _cost_cells(cost: Cost | None) -> list[str]:
         return [""] * len(_COST_HEADER)
     return [
         _timing(cost.first_token),
-        _number(cost.first_token_none, 2, "x"),
-        _number(cost.first_token_random, 2, "x"),
+        number(cost.first_token_none, 2, "x"),
+        number(cost.first_token_random, 2, "x"),
         _timing(cost.rate),
-        _number(cost.rate_none, 2, "x"),
-        _number(cost.rate_random, 2, "x"),
+        number(cost.rate_none, 2, "x"),
+        number(cost.rate_random, 2, "x"),
         f"{cost.memory / 2**20:.1f}",
     ]
 
@@ -216,21 +237,8 @@ def _share(row: Row | None) -> str:
     return f"{row.percent:.1f} ({low:.1f} .. {high:.1f})"
 
 
-def _number(value: float | None, digits: int, unit: str = "") -> str:
-    return "" if value is None else f"{value:.{digits}f}{unit}"
-
-
 def _bounds(bounds: Interval, digits: int) -> str:
     return "" if bounds is None else f"{bounds[0]:.{digits}f} .. {bounds[1]:.{digits}f}"
-
-
-def _aligned(rows: Iterable[Sequence[str]]) -> str:
-    header, *lines = rows
-    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-    table = [header, ["-" * width for width in widths], *lines]
-    return "".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |\n" for line in table
-    )
 
 
 def _grouped(skips: Sequence[Skip]) -> list[tuple[str, str, str]]:

@@ -4,10 +4,10 @@ The thread takes questions from the worker processes, forms the next batch and s
 the one before. Where a batch does not fit into the memory of the device, its halves are answered instead.
 """
 
-import queue
 import signal
-import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -107,44 +107,21 @@ def batches(prepared: Iterable[tuple[int, Any]], size: BatchSize, load: Callable
 
 
 def ahead(items: Iterable[T]) -> Iterator[T]:
-    """The items, the next one always being made in a thread. What goes wrong there is raised here, in its turn.
+    """The items, the next two always being made in a thread. What goes wrong there is raised here, in its turn.
 
     Ctrl-C is for the main thread: processes that the thread starts do not hear it, the main thread ends them.
     """
-    ready: queue.Queue = queue.Queue(maxsize=1)
-    stopped = threading.Event()
-
-    def put(entry: tuple[bool, Any]) -> bool:
-        while not stopped.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        if hasattr(signal, "pthread_sigmask"):  # not on Windows
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            for item in items:
-                if not put((True, item)):
-                    return
-            put((False, None))
-        except BaseException as error:
-            put((False, error))  # raised by the consumer
-
-    thread = threading.Thread(target=work, name="apet-batches", daemon=True)
-    thread.start()
+    iterator, end = iter(items), object()
+    pool = ThreadPoolExecutor(1, "apet-batches", initializer=_leave_interrupts_to_others)
     try:
-        while True:
-            more, item = ready.get()
-            if more:
-                yield item
-            elif item is None:
-                return
-            else:
-                raise item
+        coming = deque(pool.submit(next, iterator, end) for _ in range(2))
+        while (item := coming.popleft().result()) is not end:
+            coming.append(pool.submit(next, iterator, end))
+            yield item
     finally:
-        stopped.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)
+
+
+def _leave_interrupts_to_others() -> None:
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -4,13 +4,18 @@ Every flag is accepted with `_` and with `-`. Lists are parsed as literals, neve
 """
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
-from apet.config import BUDGETS_PER, VIDEO_BUDGETS_PER, ApetConfig, parse_list
+from apet.config import ApetConfig, attribute_texts, parse_list
 from apet.eval.batches import AUTO, CPU_BATCH_SIZE
 from apet.eval.benchmarks.files import user_path
 from apet.eval.run_options import RunOptions
 from apet.eval.scoring_cli import Parser
-from apet.methods import get_method, method_names, parse_method
+from apet.methods import get_method, parse_method, parse_options
+from apet.methods.base import unknown_name
 
 # Tokens of an image in LLaVA-1.5: as its budget it keeps everything.
 ALL_TOKENS = 576
@@ -18,97 +23,78 @@ ALL_TOKENS = 576
 
 def add_data_flags(parser: Parser, question_file: str) -> None:
     """Question, answer and image files, and sharding."""
-    parser.add_argument("--image-folder", type=str, default="", help="folder that image paths are relative to")
-    parser.add_argument("--question-file", type=str, default=question_file)
-    parser.add_argument("--answers-file", type=str, default="answer.jsonl")
-    ranks = "; without chunk flags the ranks of torchrun or accelerate launch are the chunks"
-    parser.add_argument("--num-chunks", type=int, default=1, action=_ChunkFlag, help="number of chunks" + ranks)
-    parser.add_argument("--chunk-idx", type=int, default=0, action=_ChunkFlag, help="which chunk this is, from 0")
+    group = parser.add_argument_group("questions and answers")
+    group.add_argument(
+        "--question-file", type=str, metavar="FILE", default=question_file, help="the questions, JSON lines"
+    )
+    group.add_argument(
+        "--image-folder", type=str, metavar="DIR", default="", help="folder that image paths are relative to"
+    )
+    group.add_argument("--answers-file", type=str, metavar="FILE", default="answer.jsonl", help="where the answers go")
+    group.add_argument("--benchmark", default="vqa", metavar="NAME", help="how questions are read and answers written")
+    ranks = " (default: the ranks of torchrun or accelerate launch)"
+    group.add_argument("--num-chunks", type=int, default=1, metavar="N", action=_ChunkFlag, help="chunks" + ranks)
+    group.add_argument("--chunk-idx", type=int, default=0, metavar="I", action=_ChunkFlag, help="this chunk, from 0")
     parser.set_defaults(chunks_given=False)
 
 
 def add_runner_flags(parser: Parser) -> None:
     """How the run is carried out."""
-    add_batch_flags(parser)
-    parser.add_argument("--resume", action="store_true", help="continue a partial answers file of the same settings")
-    parser.add_argument("--overwrite", action="store_true", help="replace the answers file once a new answer is there")
-    parser.add_argument("--limit", type=int, default=None, help="only the first so many questions")
-    parser.add_argument(
-        "--on_error",
-        choices=("stop", "skip"),
-        default="stop",
-        help="a question that cannot be asked (unreadable picture, prompt too long): stop, or list it and go on",
+    group = parser.add_argument_group("how the run is carried out")
+    add_batch_flags(group)
+    group.add_argument("--resume", action="store_true", help="continue a partial answers file of the same settings")
+    group.add_argument("--overwrite", action="store_true", help="replace the answers file once a new answer is there")
+    group.add_argument("--limit", type=int, metavar="N", help="only the first so many questions")
+    group.add_argument(
+        "--on_error", choices=("stop", "skip"), default="stop", help="a question that cannot be asked: stop, or list it"
     )
 
 
-def add_batch_flags(parser: argparse.ArgumentParser) -> None:
+def add_batch_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
     """Batches and worker processes."""
     parser.add_argument(
-        "--batch_size",
-        type=_batch_size,
-        default=1,
-        help=f"questions per batch, or auto: the most that fit on a GPU, {CPU_BATCH_SIZE} on a CPU; answers do not "
-        "depend on it",
-    )
-    parser.add_argument("--num_workers", type=int, default=4, help="processes that open images; 0 for none")
+        "--batch_size", type=_batch_size, default=1, metavar="N",
+        help=f"questions per batch, or auto: the most that fit on a GPU, {CPU_BATCH_SIZE} on a CPU",
+    )  # fmt: skip
+    parser.add_argument("--num_workers", type=int, default=4, metavar="N", help="processes that open images")
 
 
 def add_compression_flags(parser: Parser) -> None:
-    """Budgets and method. Without them nothing is compressed."""
+    """Budgets and method: a flag for the fields of `ApetConfig` that have one, `--apet` for all others.
+
+    Without them nothing is compressed.
+    """
     group = parser.add_argument_group("visual-token compression")
-    group.add_argument(
-        "--visual_token_num",
-        type=int,
-        default=ALL_TOKENS,
-        action=_TokensFlag,
-        help="tokens per image after the vision stage; not given, all of them, however many an image has",
-    )
+    texts, types = attribute_texts(ApetConfig), get_type_hints(ApetConfig)
+    for field in (field for field in fields(ApetConfig) if field.metadata.get("flag")):
+        kind = _flag_type(types[field.name])
+        options = {"type": kind, "default": None if field.default == () else field.default}
+        if field.name == "visual_token_num":
+            options |= {"default": ALL_TOKENS, "action": _TokensFlag}
+        about = texts[field.name].partition(". ")[0].rstrip(".")
+        options |= {"metavar": _METAVARS.get(field.name, "N"), "help": about[0].lower() + about[1:]}
+        group.add_argument(f"--{field.name}", **options)
     parser.set_defaults(tokens_given=False)
-    group.add_argument("--layer_list", type=str, default=None, help="decoder layers after which to cut, like '[16]'")
-    group.add_argument("--image_token_list", type=str, default=None, help="tokens per image left there, like '[32]'")
-    group.add_argument("--image_token_ratio", type=float, default=None, help="vision stage as a share of the tokens")
-    group.add_argument("--image_token_ratio_list", type=str, default=None, help="layers' budgets as shares")
     group.add_argument(
-        "--video_token_num",
-        type=int,
-        default=None,
-        help="tokens per frame or clip of a video after the vision stage (default: as for images)",
-    )
-    group.add_argument(
-        "--video_budget_per",
-        type=str,
-        default="auto",
-        help=f"what a video's vision budget is for: {', '.join(VIDEO_BUDGETS_PER)} (as the family was published)",
-    )
-    group.add_argument("--basis_token_num", type=int, default=10, help="basis tokens k")
-    group.add_argument(
-        "--method",
-        type=str,
-        default="apet",
-        help=f"with options as name:option=value,...; one of: {', '.join(method_names())}",
-    )
-    group.add_argument(
-        "--error_target",
-        type=float,
-        default=None,
-        help="apet_plus: fewer tokens than the budget, down to this share of the energy left unexplained",
-    )
-    group.add_argument("--basis_selection", type=str, default="fps", help="fps, dpc or random")
-    group.add_argument("--fps_start", type=str, default="farthest", help="farthest, first, or a token index")
-    group.add_argument("--position_mode", type=str, default="auto", help="auto, compact or keep")
-    group.add_argument(
-        "--budget_per",
-        type=str,
-        default="crop",
-        help="what the budgets are for: each crop of an image, each image, or all pictures of a prompt together "
-        f"({', '.join(BUDGETS_PER)})",
-    )
-    group.add_argument(
-        "--size_bias", action="store_true", help="merged tokens count for as many as they stand for in the decoder"
-    )
-    group.add_argument("--compat", type=str, default=None, help="published: the published accounting of anyres images")
-    group.add_argument("--seed", type=int, default=0, help="seed of sampling and of methods that draw at random")
+        "--apet", action="append", default=[], metavar="NAME=VALUE,...",
+        help="further settings, and options of the method; docs/options.md has all",
+    )  # fmt: skip
     group.add_argument("--llm_pruning", action="store_true", help="accepted for old scripts; has no effect")
+
+
+_METAVARS = {
+    "image_token_ratio": "SHARE",
+    "layer_list": "'[16]'",
+    "image_token_list": "'[32]'",
+    "image_token_ratio_list": "'[0.3]'",
+    "method": "NAME[:OPTION=VALUE,..]",
+}
+
+
+def _flag_type(hint: Any) -> type:
+    """What the text of a flag becomes: the first type of a union; lists stay text, which `parse_list` reads."""
+    first = get_args(hint)[0] if isinstance(hint, UnionType) else hint
+    return str if get_origin(first) is tuple else first
 
 
 def config_from_flags(args: argparse.Namespace) -> ApetConfig:
@@ -118,31 +104,41 @@ def config_from_flags(args: argparse.Namespace) -> ApetConfig:
         ValueError: As `ApetConfig`, or a list that is not a literal.
     """
     method, options = parse_method(args.method)
-    if args.error_target is not None:
-        options["error_target"] = args.error_target
-        get_method(method, **options)
-    ratio = None if args.image_token_ratio in (None, 1.0) else args.image_token_ratio
+    given = {field.name: getattr(args, field.name) for field in fields(ApetConfig) if field.metadata.get("flag")}
+    for name in (name for name in given if name.endswith("_list")):
+        given[name] = parse_list(given[name], f"--{name}")
+    if given["image_token_ratio"] == 1.0:
+        given["image_token_ratio"] = None
     # The flag's default means all tokens, and the method "none" takes no budget at all.
-    whole = args.visual_token_num == ALL_TOKENS and (method == "none" or not args.tokens_given)
-    return ApetConfig(
-        visual_token_num=None if whole else args.visual_token_num,
-        image_token_ratio=ratio,
-        layer_list=parse_list(args.layer_list, "--layer_list"),
-        image_token_list=parse_list(args.image_token_list, "--image_token_list"),
-        image_token_ratio_list=parse_list(args.image_token_ratio_list, "--image_token_ratio_list"),
-        video_token_num=args.video_token_num,
-        video_budget_per=args.video_budget_per,
-        basis_token_num=args.basis_token_num,
-        method=method,
-        method_options=options,
-        basis_selection=args.basis_selection,
-        fps_start=_fps_start(args.fps_start),
-        position_mode=args.position_mode,
-        budget_per=args.budget_per,
-        compat=args.compat,
-        size_bias=args.size_bias,
-        seed=args.seed,
-    )
+    if given["visual_token_num"] == ALL_TOKENS and (method == "none" or not args.tokens_given):
+        given["visual_token_num"] = None
+    further = _further_settings(args.apet, method)
+    options |= {name: further.pop(name) for name in list(further) if name not in _FURTHER}
+    get_method(method, **options)
+    return ApetConfig(**{**given, **further, "method": method, "method_options": options})
+
+
+_FURTHER = tuple(
+    field.name for field in fields(ApetConfig) if not field.metadata.get("flag") and field.name != "method_options"
+)
+
+
+def _further_settings(texts: Sequence[str], method: str) -> dict[str, Any]:
+    """What `--apet` sets: fields of `ApetConfig` and options of the method.
+
+    Raises:
+        ValueError: A name that is neither, or that has a flag of its own.
+    """
+    found: dict[str, Any] = {}
+    for text in texts:
+        found |= parse_options(text, f"--apet {text}", "--apet name=value,name=value")
+    known = [*_FURTHER, *(option.name for option in fields(get_method(method)))]
+    for name in found:
+        if name in (field.name for field in fields(ApetConfig) if field.metadata.get("flag")):
+            raise ValueError(f"--apet {name}: it has a flag of its own, --{name}")
+        if name not in known:
+            raise ValueError(unknown_name(f"setting of --apet with method {method!r}:", name, known))
+    return found
 
 
 def run_options(args: argparse.Namespace, inputs: tuple[str, ...] = ()) -> RunOptions:
@@ -190,14 +186,3 @@ def _batch_size(text: str) -> int | str:
         return text if text == AUTO else int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} must be a number, or {AUTO}") from None
-
-
-def _fps_start(text: str) -> int | str:
-    if text == "first":
-        return 0
-    if text == "farthest":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise ValueError(f"--fps_start {text!r} must be farthest, first, or a token index") from None

@@ -1,6 +1,6 @@
 """Which file of a benchmark goes where, and whether it is there and whole.
 
-`DATA` is the one table of it: `scripts/check_data.py` compares it with a folder, `data/README.md` is written from it.
+`DATA` is the one table of it: `apet check-data` compares it with a folder, `data/README.md` is written from it.
 Counts are those of the published files. An image is looked for, not decoded.
 """
 
@@ -18,6 +18,7 @@ from apet.eval.benchmarks.mmbench_table import read_table
 from apet.eval.benchmarks.mme import CATEGORIES
 from apet.eval.images import ImageError
 from apet.eval.videos import find_video
+from apet.tables import markdown_table
 
 _EVAL_ZIP = "eval.zip of the LLaVA repository (docs/Evaluation.md)"
 _OPEN_COMPASS = "the MMBench website (OpenCompass)"
@@ -305,15 +306,6 @@ _COUNTERS = {
 def complete(findings: Sequence[Finding], any_size: bool = False) -> bool:
     """Whether nothing is wrong; `any_size` accepts files of another size than the published ones, such as samples."""
     return all(finding.state == "ok" or (any_size and finding.state == "other size") for finding in findings)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """An aligned Markdown table."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [header, ["-" * width for width in widths], *rows]
-    return "".join(
-        f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |\n" for line in lines
-    )
 
 
 def layout_table(entries: Sequence[BenchmarkData]) -> str:

@@ -1,30 +1,38 @@
-"""Where checkpoints are loaded: a package beside `apet` with a module `eval/apet_loader.py`.
+"""Where checkpoints are loaded: a module that an installed distribution names in the entry points `apet.loaders`.
 
-`apet` knows no such package. It looks for the module, or takes its name from ``--loader package.module``. The module
-has two functions:
+``--loader package.module`` names another one. In a checkout, which is not installed, the module of the package `llava`
+beside `apet` is there without an entry point. The module has three functions:
 
-    add_flags(parser)  the flags that name a checkpoint and how it answers
-    load(args)         a `LoadedModel`
+    add_flags(parser)                  adds the flags that name a checkpoint and how it answers
+    load(args)                         returns a `LoadedModel`
+    resolve_vision_tower(name, folder) returns the folder or hub id of the vision tower that a checkpoint names
 """
+
+from __future__ import annotations
 
 import argparse
 import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-from torch import nn
-
-from apet.config import ApetConfig
-from apet.eval.answerer import Answerer
-from apet.eval.benchmarks import Question
 from apet.eval.scoring_cli import Parser, run
 
-_MODULE = "eval/apet_loader.py"
+if TYPE_CHECKING:  # what only looks at files needs no torch
+    import numpy as np
+    from torch import nn
+
+    from apet.config import ApetConfig
+    from apet.eval.answerer import Answerer
+    from apet.eval.benchmarks import Question
+
+ENTRY_POINTS = "apet.loaders"
+_IN_A_CHECKOUT = "llava.eval.apet_loader"
 
 
 class LoadedModel(Protocol):
@@ -65,7 +73,7 @@ class LoadedModel(Protocol):
 
 
 def find_loader(argv: Sequence[str] | None = None) -> ModuleType:
-    """The module that ``--loader`` names, or the only one there is beside `apet`.
+    """The module that ``--loader`` names, or the only one there is.
 
     Raises:
         ValueError: There is none, or more than one.
@@ -74,16 +82,26 @@ def find_loader(argv: Sequence[str] | None = None) -> ModuleType:
     add_loader_flag(first)
     name = first.parse_known_args(sys.argv[1:] if argv is None else argv)[0].loader
     if name is None:
-        here = Path(__file__).resolve().parents[2]
-        names = sorted(".".join(path.relative_to(here).with_suffix("").parts) for path in here.glob(f"*/{_MODULE}"))
+        names = loader_names()
         if len(names) != 1:
-            found = f"there are {', '.join(names)}" if names else f"no package beside apet has one (*/{_MODULE})"
+            found = f"there are {', '.join(names)}" if names else "none is installed (pip install apet-llava)"
             raise ValueError(f"which module loads the checkpoint? {found}; name it with --loader package.module")
         name = names[0]
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(f"--loader {name!r} cannot be imported: {error}") from None
+
+
+def loader_names() -> list[str]:
+    """Modules that load checkpoints: those of installed distributions, and that of the checkout."""
+    names = {entry.value for entry in entry_points(group=ENTRY_POINTS)}
+    package = find_spec(_IN_A_CHECKOUT.partition(".")[0])
+    # Another package of this name, LLaVA's own for one, has no such file.
+    for folder in () if package is None else package.submodule_search_locations or ():
+        if (Path(folder) / "eval/apet_loader.py").is_file():
+            names.add(_IN_A_CHECKOUT)
+    return sorted(names)
 
 
 def run_program(
@@ -111,4 +129,4 @@ def run_program(
 
 def add_loader_flag(parser: Parser) -> None:
     """Which module loads the checkpoint."""
-    parser.add_argument("--loader", metavar="MODULE", help="module that loads the checkpoint (default: the only one)")
+    parser.add_argument("--loader", metavar="MODULE", help="loads the checkpoint (default: the only one installed)")

@@ -8,8 +8,23 @@ Joining answers to labels, file formats and reports belong to `apet.eval.benchma
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+# --- averages ---------------------------------------------------------------------------------------------------------
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """The mean; None where there are no values, or one of them is unknown (None)."""
+    values = list(values)
+    return None if not values or None in values else sum(values) / len(values)
+
+
+def percent(values: Iterable[float]) -> float | None:
+    """The mean of shares in percent; None where there are none."""
+    values = list(values)
+    return 100 * sum(values) / len(values) if values else None
+
 
 # --- yes / no ---------------------------------------------------------------------------------------------------------
 

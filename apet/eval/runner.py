@@ -8,11 +8,10 @@ ones, a thread uploads the next, and another writes the last.
 
 import json
 import os
-import queue
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -208,31 +207,29 @@ class Writer:
 
     def __init__(self, write: Callable[..., None]) -> None:
         self._write = write
-        self._entries: queue.Queue = queue.Queue()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name="apet-writer", daemon=True)
-        self._thread.start()
+        self._pool = ThreadPoolExecutor(1, "apet-writer")
+        self._failed, self._error = False, None
 
     def put(self, *entry: Any) -> None:
         """Hand over the arguments of one call."""
         self._raise()
-        self._entries.put(entry)
+        self._pool.submit(self._call, *entry)
 
     def close(self) -> None:
         """Wait until everything is written, also when Ctrl-C comes while waiting."""
-        self._entries.put(None)
         try:
-            self._thread.join()
+            self._pool.shutdown()
         finally:
-            self._thread.join()
+            self._pool.shutdown()
         self._raise()
 
-    def _work(self) -> None:
+    def _call(self, *entry: Any) -> None:
+        if self._failed:
+            return  # nothing is written behind an error
         try:
-            while (entry := self._entries.get()) is not None:
-                self._write(*entry)
+            self._write(*entry)
         except BaseException as error:
-            self._error = error  # nothing is written behind it
+            self._failed, self._error = True, error
 
     def _raise(self) -> None:
         error, self._error = self._error, None

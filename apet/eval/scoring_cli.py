@@ -18,7 +18,13 @@ USER_ERRORS = (ValueError, OSError, ImportError, NotImplementedError)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that takes every long flag with `-` and with `_`, whichever way it is declared."""
+    """An ArgumentParser that takes every long flag with `-` and with `_`, whichever way it is declared.
+
+    Its help leaves line breaks as they are and puts a flag and its text on one line where it can.
+    """
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{"formatter_class": _HelpFormatter} | options)
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
@@ -34,6 +40,11 @@ class Parser(argparse.ArgumentParser):
             if declared.replace("_", "-") == plain:
                 return declared + equals + value
         return word
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36)
 
 
 def add_duplicates_flag(parser: Parser) -> None:

@@ -1,7 +1,14 @@
-"""Frames of video files, decoded with PyAV: evenly spaced, with the times at which they are shown."""
+"""Frames of video files, decoded with PyAV: evenly spaced, with the times at which they are shown.
+
+A container lists when its frames are shown, so only those from the last keyframe to a wanted one are decoded. Where it
+lists no times, or a frame is not found at its time (MPEG-TS), all of them are.
+
+PyAV brings its FFmpeg. torchcodec does not (without one of the system's it cannot be imported), and every release of it
+is for one of torch. `transformers.video_utils.load_video` with PyAV decodes all frames up to the last one wanted and
+believes the header's count: it knows no file that was cut off.
+"""
 
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +40,7 @@ class Clip:
 
 
 def find_video(path: str | Path) -> Path:
-    """The file itself, or the first of `EXTENSIONS` that makes it one.
+    """The file itself, or the file with the first of `EXTENSIONS` that there is.
 
     Raises:
         ImageError: There is none.
@@ -58,7 +65,7 @@ def read_clip(path: str | Path, count: int) -> Clip:
         count: Frames wanted.
 
     Raises:
-        ImageError: No file, a file without a picture in it, or one that cannot be decoded to its end.
+        ImageError: No file, a file without a picture in it, one that was cut off, or one that cannot be decoded.
         ImportError: PyAV is missing.
     """
     if importlib.util.find_spec("av") is None:
@@ -74,46 +81,91 @@ def read_clip(path: str | Path, count: int) -> Clip:
 
 @lru_cache(maxsize=4)
 def _read(file: Path, count: int, _changed: int) -> Clip:
-    """As `read_clip`; remembered, because questions about one video follow each other."""
+    """`read_clip` of a file; clips are remembered, because questions about one video follow each other."""
     import av
 
     try:
-        total, rate = _declared(file)
-        frames, found = _pick(file, frame_indices(total, count) if total else ())
-        if found < _WHOLE * total:
-            raise ImageError(f"video file {file} is cut off: it has {found} of its {total} frames")
-        if found and found != total:  # the header is a little wrong, or says nothing
-            frames, found = _pick(file, frame_indices(found, count))
+        listed = _list(file)
+        frames, found = _seek(file, listed, count), len(listed.times)
+        if frames is None:
+            frames, found = _decode(file, count)
     except (av.error.FFmpegError, IndexError) as error:
         raise ImageError(f"video file {file} cannot be decoded: {error}") from None
+    if found < _WHOLE * listed.declared:
+        raise ImageError(f"video file {file} is cut off: it has {found} of its {listed.declared} frames")
     if not found:
         raise ImageError(f"video file {file} holds no frame")
-    if not rate:
+    if not listed.rate:
         raise ImageError(f"video file {file} does not say how many frames it has a second")
-    times = tuple(int(index) / rate for index in frame_indices(found, count))
-    return Clip(tuple(frames), times, found / rate)
+    times = tuple(int(index) / listed.rate for index in frame_indices(found, count))
+    return Clip(tuple(frames), times, found / listed.rate)
 
 
-def _declared(file: Path) -> tuple[int, float | None]:
-    """Number of frames (0 if unknown) and frames a second, as the header has them."""
+@dataclass(frozen=True)
+class _Listed:
+    """What a container says without anything being decoded.
+
+    Attributes:
+        declared: Number of frames by its header; 0 if unknown.
+        rate: Frames a second; None if unknown.
+        times: When the frames are shown, ascending, in the stream's own unit; empty if a frame has no time.
+        keys: Those at which decoding can start.
+    """
+
+    declared: int
+    rate: float | None
+    times: tuple[int, ...]
+    keys: tuple[int, ...]
+
+
+def _list(file: Path) -> _Listed:
     import av
 
     with av.open(str(file)) as container:
         stream = container.streams.video[0]
-        rate = stream.average_rate or stream.guessed_rate
-        return stream.frames, None if not rate else float(rate)
+        declared, rate = stream.frames, stream.average_rate or stream.guessed_rate
+        packets = (one for one in container.demux(stream) if one.size and not one.is_discard)
+        shown = [(one.pts, one.is_keyframe) for one in packets]
+    if any(time is None for time, _ in shown):
+        shown = []
+    times, keys = sorted(time for time, _ in shown), sorted(time for time, is_key in shown if is_key)
+    return _Listed(declared, float(rate) if rate else None, tuple(times), tuple(keys))
 
 
-def _pick(file: Path, indices: Sequence[int]) -> tuple[list[Image.Image], int]:
-    """The frames of these indices, and how many there are in all. Decoded one after the other: seeking is inexact."""
+def _seek(file: Path, listed: _Listed, count: int) -> list[Image.Image] | None:
+    """The frames wanted, by their times; None where one of them cannot be reached at its own."""
     import av
 
-    wanted = {int(index) for index in indices}
+    if not listed.times:
+        return None
+    wanted = [listed.times[index] for index in frame_indices(len(listed.times), count)]
     kept: dict[int, Image.Image] = {}
-    total = 0
+    reached = None
     with av.open(str(file)) as container:
-        for frame in container.decode(video=0):
-            if total in wanted:
-                kept[total] = frame.to_image()
-            total += 1
-    return [kept[int(index)] for index in indices if int(index) in kept], total
+        stream = container.streams.video[0]
+        for time in sorted(set(wanted)):
+            key = max((one for one in listed.keys if one <= time), default=time)
+            try:
+                if reached is None or reached < key:
+                    container.seek(key, stream=stream)
+                    decoded = container.decode(stream)
+                frame = next((one for one in decoded if one.pts is None or one.pts >= time), None)
+            except av.error.FFmpegError:
+                return None
+            if frame is None or frame.pts != time:
+                return None
+            kept[time], reached = frame.to_image(), time
+    return [kept[time] for time in wanted]
+
+
+def _decode(file: Path, count: int) -> tuple[list[Image.Image], int]:
+    """The frames wanted, and how many there are in all, by decoding every one of them: to count, then to pick."""
+    import av
+
+    with av.open(str(file)) as container:
+        found = sum(1 for _ in container.decode(video=0))
+    wanted = frame_indices(found, count).tolist() if found else []
+    with av.open(str(file)) as container:
+        decoded = enumerate(container.decode(video=0))
+        kept = {index: frame.to_image() for index, frame in decoded if index in wanted}
+    return [kept[index] for index in wanted], found

@@ -1,4 +1,4 @@
-"""Feature spaces in which ApET+ measures errors, and tokens of extreme norm ("sinks").
+"""Feature spaces in which ApET+ measures errors, tokens of extreme norm ("sinks"), and tokens unlike all others.
 
 Encoders put global information into a few tokens whose norm is several times the median; squared errors then speak of
 little else.
@@ -7,7 +7,8 @@ little else.
 import torch
 from torch import Tensor
 
-from apet.methods._select import top, unit
+from apet.methods._select import cosine, top, unit
+from apet.methods._text import min_max
 
 
 def error_space(x: Tensor, normalise: str, clipped: float) -> Tensor:
@@ -34,3 +35,14 @@ def sink_positions(x: Tensor, share: float, keep: int) -> Tensor:
     """Positions (B, s) of the tokens of largest norm, largest first; s leaves `keep` tokens to choose from."""
     n = x.shape[1]
     return top(x.norm(dim=-1), max(1, min(-int(-share * n // 1), n - keep + 1)))
+
+
+def outlierness(x: Tensor) -> Tensor:
+    """(B, N) how little every token resembles the others: the negated mean cosine to them, scaled to (0, 1] per image.
+
+    Cosines of the tokens as they are: what all of them share is what makes a token common (Cen-Prune, arXiv
+    2608.30263).
+    """
+    similarity = cosine(x)
+    itself = similarity.diagonal(dim1=1, dim2=2)
+    return min_max(-(similarity.sum(-1) - itself) / max(1, x.shape[1] - 1))

@@ -15,20 +15,22 @@ def column_of(matrix: Tensor, pick: Tensor) -> Tensor:
     return matrix.gather(2, pick.view(-1, 1, 1).expand(-1, matrix.shape[1], 1)).squeeze(2)
 
 
-def greedy_max_min(distance: Tensor, k: int) -> Tensor:
+def greedy_max_min(distance: Tensor, k: int, weight: Tensor | None = None) -> Tensor:
     """Picks (B, k), each the token farthest from its nearest earlier pick; symmetric `distance` (B, N, N).
 
-    The first pick is the token whose nearest other token is farthest away.
+    The first pick is the token whose nearest other token is farthest away. `weight` (B, N), above zero, are factors on
+    a token's distance.
     """
     n = distance.shape[1]
+    weight = torch.ones_like(distance[:, 0]) if weight is None else weight
     itself = torch.eye(n, dtype=torch.bool, device=distance.device)
-    pick = distance.masked_fill(itself, torch.inf).amin(-1).argmax(-1)
+    pick = (distance.masked_fill(itself, torch.inf).amin(-1) * weight).argmax(-1)
     gap = torch.full_like(distance[:, 0], torch.inf)
     picks = []
     for _ in range(k):
         picks.append(pick)
         gap = torch.minimum(gap, column_of(distance, pick)).scatter(1, pick.unsqueeze(1), -torch.inf)
-        pick = gap.argmax(-1)
+        pick = (gap * weight).argmax(-1)
     return torch.stack(picks, 1)
 
 
@@ -44,13 +46,54 @@ def greedy_coverage(matrix: Tensor, k: int, weight: Tensor | None = None) -> Ten
     taken = torch.zeros_like(matrix[:, 0], dtype=torch.bool)
     picks = []
     for _ in range(k):
-        gain = (matrix - covered.unsqueeze(-1)).clamp(min=0).sum(1)
-        gain = gain if weight is None else gain * weight
-        gain = gain.masked_fill(taken, -torch.inf)
-        # Two tokens that gain from each other alone gain the same, up to rounding: the lower position wins.
-        best = gain.amax(-1, keepdim=True)
-        pick = (gain >= best - _TIE * best.abs()).long().argmax(-1)
+        gain = _gain(matrix, covered)
+        pick = _best(gain if weight is None else gain * weight, taken)
         taken = taken.scatter(1, pick.unsqueeze(1), True)
         covered = torch.maximum(covered, column_of(matrix, pick))
         picks.append(pick)
     return torch.stack(picks, 1)
+
+
+def greedy_in_turn(relevance: Tensor, coverage: Tensor, share: Tensor, k: int) -> Tensor:
+    """Picks (B, k) that gain relevance where enough is covered, and coverage elsewhere.
+
+    Enough is `share` of what equally many picks of a greedy for coverage alone cover.
+
+    Args:
+        relevance: (B, Q, N) how well column n covers row q of the question.
+        coverage: (B, R, N) how well it covers row r of the image.
+        share: (B,) in 0..1.
+        k: Number of picks.
+    """
+    alone = greedy_coverage(coverage, k)
+    columns = coverage.gather(2, alone.unsqueeze(1).expand(-1, coverage.shape[1], -1))
+    reference = torch.nn.functional.pad(columns.cummax(-1).values.sum(1), (1, 0))
+    covered = torch.zeros_like(coverage[:, :, 0])
+    met = torch.zeros_like(relevance[:, :, 0])
+    taken = torch.zeros_like(coverage[:, 0], dtype=torch.bool)
+    picks = []
+    for step in range(k):
+        # With a share of one the two sums are equal but for rounding.
+        enough = covered.sum(-1) >= share * reference[:, step] * (1 - _TIE)
+        gain = torch.where(enough.unsqueeze(-1), _gain(relevance, met), _gain(coverage, covered))
+        pick = _best(gain, taken)
+        taken = taken.scatter(1, pick.unsqueeze(1), True)
+        covered = torch.maximum(covered, column_of(coverage, pick))
+        met = torch.maximum(met, column_of(relevance, pick))
+        picks.append(pick)
+    return torch.stack(picks, 1)
+
+
+def _gain(matrix: Tensor, covered: Tensor) -> Tensor:
+    """(B, N) what every column of `matrix` (B, R, N) adds to the best entries `covered` (B, R) of the rows."""
+    return (matrix - covered.unsqueeze(-1)).clamp(min=0).sum(1)
+
+
+def _best(gain: Tensor, taken: Tensor) -> Tensor:
+    """(B,) the column with the largest gain that is not taken.
+
+    Two tokens that gain from each other alone gain the same, up to rounding: the lower position wins.
+    """
+    gain = gain.masked_fill(taken, -torch.inf)
+    best = gain.amax(-1, keepdim=True)
+    return (gain >= best - _TIE * best.abs()).long().argmax(-1)

@@ -6,6 +6,7 @@ token: the next pick is the token that all picks so far rebuild worst. Attention
 like ApET. Each part can be switched off:
 
 - `normalise`, `sinks`: the features in which errors are measured, and what becomes of tokens of extreme norm.
+- `outlier`: weight on tokens that resemble the image's other tokens little (Cen-Prune, arXiv 2608.30263).
 - `rounds`: residuals updated after every pick, or a few times only.
 - `quota`: a guaranteed share of the budget for 4 x 4 windows, in proportion to their error mass.
 - `merge`, `similarity_floor`, `size_weighted`: every dropped token joins its most similar kept token, of which all
@@ -27,7 +28,7 @@ from torch import Tensor
 from apet.core.rows import gather_rows
 from apet.core.types import CompressedTokens
 from apet.methods._budget import vision_and_middle
-from apet.methods._features import error_space, sink_positions
+from apet.methods._features import error_space, outlierness, sink_positions
 from apet.methods._grid import grid_of, window_ids
 from apet.methods._options import check_choice, check_range
 from apet.methods._select import in_raster_order, marked, nearest_rows, own_rows, pool, wide
@@ -47,6 +48,7 @@ class ApetPlus(Method):
         sinks: Tokens of extreme norm: "keep" them as they are, "clip" their norms for the selection, or "merge" them
             into one kept token.
         sink_share: Share of the tokens that counts as extreme.
+        outlier: Exponent of a token's dissimilarity to the others as a weight on its error; 0 is off.
         start: First pick: largest "norm", or "farthest" from the mean.
         rounds: Number of residual updates; 0 updates after every pick.
         ridge: Energy of every token, as a share of the mean, that counts as noise. Keeps errors apart when more tokens
@@ -72,6 +74,7 @@ class ApetPlus(Method):
     normalise: str = "raw"
     sinks: str = "clip"
     sink_share: float = 0.01
+    outlier: float = 0.0
     start: str = "farthest"
     rounds: int = 0
     ridge: float = 1e-3
@@ -91,7 +94,7 @@ class ApetPlus(Method):
         check_choice(self, "sinks", ("keep", "clip", "merge"))
         check_choice(self, "start", ("norm", "farthest"))
         check_range(self, ("quota", "sink_share"), 0, 1)
-        check_range(self, ("basis", "rounds", "ridge", "text"), 0)
+        check_range(self, ("basis", "outlier", "rounds", "ridge", "text"), 0)
         check_range(self, ("windows", "min_keep"), 1)
         if self.error_target is not None:
             check_range(self, ("error_target",), 0, 1)
@@ -151,21 +154,27 @@ class ApetPlus(Method):
         return greedy_volume(
             kernel,
             keep,
-            weight=self._relevance(tokens, context),
+            weight=self._weight(tokens, context),
             first=first,
             barred=None if sinks is None else marked(sinks[:, 1:], n),
             rounds=self.rounds,
             quota=quota,
         )
 
-    def _relevance(self, tokens: Tensor, context: StageContext) -> Tensor | None:
-        """Factor (B, N) on the residual energy: relevance to the power 2 `text`."""
+    def _weight(self, tokens: Tensor, context: StageContext) -> Tensor | None:
+        """Factors (B, N) on the residual energy, the square of what errors are weighted with; None for none."""
+        weight = outlierness(wide(tokens)) ** (2 * self.outlier) if self.outlier else None
         if not self.text:
-            return None
+            return weight
+        relevance = self._relevance(tokens, context) ** (2 * self.text)
+        return relevance if weight is None else weight * relevance
+
+    def _relevance(self, tokens: Tensor, context: StageContext) -> Tensor:
+        """(B, N) relevance to the text, scaled to (0, 1]."""
         text, mask = context.ask(self, "text_embeddings")
         if context.stage == "llm":
             text = context.ask(self, "text_hidden")
-        return min_max(text_relevance(tokens, text, mask)) ** (2 * self.text)
+        return min_max(text_relevance(tokens, text, mask))
 
     def _spent(self, volume: Volume, total: Tensor) -> Tensor:
         """(B, keep) bool, False for picks after the error target was met."""

@@ -20,18 +20,33 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     """
     name, _, rest = text.partition(":")
     types = typing.get_type_hints(type(get_method(name)))
-    options = {}
-    for word in filter(None, rest.split(",")):
-        field, equals, value = (part.strip() for part in word.partition("="))
-        if not equals:
-            raise ValueError(f"method {text!r}: {word!r} sets no option; write {name}:option=value,option=value")
-        if field in options:
-            raise ValueError(f"method {text!r} sets {field} twice")
-        options[field] = _value(value)
-        if field in types:
-            options[field] = _checked(text, field, options[field], types[field])
+    options = parse_options(rest, f"method {text!r}", f"{name}:option=value,option=value")
+    for field in options.keys() & types.keys():
+        options[field] = _checked(text, field, options[field], types[field])
     get_method(name, **options)
     return name, options
+
+
+def parse_options(text: str, what: str, written: str) -> dict[str, Any]:
+    """Options as text, ``option=value,option=value``; values are true, false, none, numbers or words.
+
+    Args:
+        text: The options.
+        what: What they belong to, for errors.
+        written: How they are written, for errors.
+
+    Raises:
+        ValueError: A word without a value, or an option that is set twice.
+    """
+    options = {}
+    for word in filter(None, text.split(",")):
+        field, equals, value = (part.strip() for part in word.partition("="))
+        if not equals:
+            raise ValueError(f"{what}: {word!r} sets no option; write {written}")
+        if field in options:
+            raise ValueError(f"{what} sets {field} twice")
+        options[field] = _value(value)
+    return options
 
 
 def _value(text: str) -> Any:

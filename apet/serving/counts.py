@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from apet.adapters.vision import ImageLayout, budget_for
+from apet.adapters.stages import budget_for
+from apet.adapters.vision import ImageLayout
 from apet.config import ApetConfig, FamilyPreset
 
 

@@ -9,7 +9,7 @@ import importlib
 import inspect
 from typing import Any
 
-# What `scripts/test_vllm.sh` runs; setup.py and scripts/_vllm.sh have the same range.
+# What `scripts/test_vllm.sh` runs; pyproject.toml and scripts/_vllm.sh have the same range.
 TESTED = ">=0.32,<0.33"
 
 # module -> name (of a class, or of a method of it) -> arguments that we give, take or hand on

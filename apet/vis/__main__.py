@@ -1,4 +1,4 @@
-"""The command line: ``python -m apet.vis``."""
+"""The command line: ``apet vis``."""
 
 import argparse
 import sys
@@ -6,11 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
-import apet
 from apet.compare.plan import parse_methods
 from apet.config import ApetConfig
 from apet.eval.benchmarks import Question
@@ -20,23 +18,25 @@ from apet.eval.images import open_images
 from apet.eval.loader import LoadedModel, add_loader_flag, run_program
 from apet.eval.scoring_cli import Parser
 from apet.methods import get_method, parse_method
-from apet.vis.draw import draw
-from apet.vis.trace import MethodTrace, listening, trace
+from apet.vis.ask import ask
+from apet.vis.draw import FORMATS, check_output, draw
+from apet.vis.trace import MethodTrace
+
+_EXAMPLES = """examples:
+  apet vis cat.jpg --model-path data/model/llava-v1.5-7b --methods apet,random --tokens 64"""
 
 
 def parser(loader: ModuleType | None = None) -> Parser:
     """The program's flags, with those of the module that loads checkpoints."""
     flags = Parser(
-        prog="python -m apet.vis", description="Draw what compression methods keep of an image.", allow_abbrev=False
-    )
-    flags.add_argument("image", help="the image file")
-    flags.add_argument("--question", default="What is in the image?")
-    flags.add_argument("--methods", default=None, help="separated by commas, or all (default: --method)")
-    flags.add_argument(
-        "--tokens", type=int, default=None,
-        help="tokens averaged over the decoder layers, spent as each method was published; instead of budget flags",
+        prog="apet vis", usage="apet vis IMAGE --model-path MODEL [options]", allow_abbrev=False, epilog=_EXAMPLES,
+        description="Draw which tokens of an image compression methods keep, and what the model answers.",
     )  # fmt: skip
-    flags.add_argument("--out", default=None, help="the picture (default: <image>.vis.png); the data is <out>.npz")
+    flags.add_argument("image", metavar="IMAGE", help="the image file")
+    flags.add_argument("--question", default="What is in the image?", help="what the model is asked")
+    flags.add_argument("--methods", help="separated by commas, or all (default: --method)")
+    flags.add_argument("--tokens", type=int, help="averaged over the layers, as each method was published; or budgets")
+    flags.add_argument("--out", help=f"the picture, {', '.join(FORMATS)} (default: <image>.vis.png); the data is .npz")
     add_loader_flag(flags)
     if loader is not None:
         loader.add_flags(flags)
@@ -51,21 +51,23 @@ def visualise(args: argparse.Namespace, loader: ModuleType) -> None:
         ValueError: An image that cannot be read (`ImageError`), or no method that can run with these budgets.
     """
     methods = parse_methods(args.methods or args.method)
+    out = user_path(args.out or f"{Path(args.image).stem}.vis.png")
+    check_output(out)
     question = Question(0, args.question, args.question, args.image)
     images = open_images(question, "")
     loaded: LoadedModel = loader.load(args)
     traces, image, refused = [], None, []
     for method in methods:
         try:
-            one, image = _trace(loaded, method, _config(args, method, loaded), question, images)
-            traces.append(one)
+            asked = ask(loaded, method, _config(args, method, loaded), question, images)
+            traces.append(asked.trace)
+            image = asked.seen
         except ValueError as error:
             refused.append(f"{method}: {error}")
     if not traces:
         raise ValueError("; ".join(refused))
     for line in refused:
         print(f"left out {line}", file=sys.stderr)
-    out = user_path(args.out or f"{Path(args.image).stem}.vis.png")
     _write(out, image, loaded.grid, traces, args.question)
     print(f"{out}\n{out.with_suffix('.npz')}")
 
@@ -94,20 +96,9 @@ def _config(args: argparse.Namespace, method: str, loaded: LoadedModel) -> ApetC
     return config
 
 
-def _trace(
-    loaded: LoadedModel, method: str, config: ApetConfig, question: Question, images: Sequence[Any]
-) -> tuple[MethodTrace, np.ndarray]:
-    """What the method did, and the picture as the model sees it."""
-    answerer = loaded.answerer(config)
-    prepared = answerer.preparer.prepare(question, images)
-    with listening(config.method) as decisions:
-        (answer,) = answerer.answer([prepared])
-    return trace(method, apet.last_result(loaded.model), decisions, answer.text), loaded.seen(prepared)
-
-
 def _write(out: Path, image: np.ndarray, grid: tuple[int, int], traces: Sequence[MethodTrace], question: str) -> None:
     with replacing(out) as temporary:
-        draw(image, grid, traces, question).save(temporary, format="PNG")
+        draw(image, grid, traces, question).savefig(temporary, format=out.suffix[1:].lower())
     arrays = {"image": image, "grid": np.array(grid), "question": np.array(question)}
     arrays["methods"] = np.array([one.method for one in traces])
     for one in traces:

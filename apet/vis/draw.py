@@ -1,20 +1,42 @@
-"""The picture: one row per method, three panels per stage (kept patches, merge groups, error map)."""
+"""The picture: what the model sees and what it answered, then a row per method and stage.
 
-import bisect
+A row shows the kept patches and, where the method has them, the groups that patches were merged into and the error map.
+Error maps of one stage have one scale for all methods; stages see other features, so each has its own.
+"""
+
+import importlib.util
+import textwrap
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from apet.vis.trace import MethodTrace, StageTrace
 
-_PANEL, _GAP, _LINE = 288, 8, 20
-_FADED = 0.85
-_RAMP = np.array([[13, 8, 60], [120, 28, 110], [215, 70, 70], [250, 160, 50], [252, 250, 170]], dtype=float)
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FORMATS = (".png", ".pdf", ".svg")
+_FADED, _TINT = 0.85, 0.35
+_PANEL, _LINE = 3.0, 0.45  # inches
+_DPI = 110
 
 
-def draw(image: np.ndarray, grid: tuple[int, int], traces: Sequence[MethodTrace], question: str) -> Image.Image:
-    """All methods below each other, the picture as the model sees it in front.
+def check_output(path: Path) -> None:
+    """Asked before anything is answered.
+
+    Raises:
+        ValueError: The picture has no format that can be written, or matplotlib is not installed.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise ValueError(f"--out {str(path)!r} must end in one of {', '.join(FORMATS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the picture needs matplotlib: pip install matplotlib")
+
+
+def draw(image: np.ndarray, grid: tuple[int, int], traces: Sequence[MethodTrace], question: str) -> "Figure":
+    """All methods below each other, the picture as the model sees it on top.
 
     Args:
         image: (H, W, 3) uint8.
@@ -22,24 +44,30 @@ def draw(image: np.ndarray, grid: tuple[int, int], traces: Sequence[MethodTrace]
         traces: What the methods did.
         question: What was asked.
     """
-    columns = 1 + 3 * max(len(one.stages) for one in traces)
-    height = _PANEL + 2 * _LINE + _GAP
-    canvas = Image.new("RGB", (columns * (_PANEL + _GAP) + _GAP, _LINE + _GAP + len(traces) * height), "white")
-    pen = ImageDraw.Draw(canvas)
-    _text(pen, (_GAP, 4), f"question: {question}", canvas.width - 2 * _GAP)
-    for row, one in enumerate(traces):
-        top = _LINE + _GAP + row * height
-        title = f"{one.method}: {one.tokens:.1f} tokens per layer on average; answer: {one.answer}"
-        _text(pen, (_GAP, top), title, canvas.width - 2 * _GAP)
-        panels = [
-            ("what the model sees", image),
-            *(panel for stage in one.stages for panel in _panels(image, grid, stage)),
-        ]
-        for column, (label, picture) in enumerate(panels):
-            left = _GAP + column * (_PANEL + _GAP)
-            _text(pen, (left, top + _LINE), label, _PANEL)
-            canvas.paste(Image.fromarray(picture).resize((_PANEL, _PANEL)), (left, top + 2 * _LINE))
-    return canvas
+    from matplotlib.figure import Figure  # optional: see check_output
+
+    rows = [(one, stage) for one in traces for stage in one.stages]
+    size = (3 * _PANEL + 0.7, (len(rows) + 1) * (_PANEL + _LINE))
+    figure = Figure(figsize=size, layout="constrained", dpi=_DPI)
+    # The colour bar takes its part of the last column.
+    axes = figure.add_gridspec(len(rows) + 1, 3, width_ratios=[1, 1, 1.2])
+    _show(figure.add_subplot(axes[0, 0]), image, "what the model sees")
+    _write_answers(figure.add_subplot(axes[0, 1:]), traces, question)
+    scales = _scales(rows)
+    for row, (one, stage) in enumerate(rows, start=1):
+        kept, merged = len(stage.kept), int((stage.groups >= 0).sum())
+        where = "vision stage" if stage.name == "vision" else f"after {stage.name}"
+        _show(
+            figure.add_subplot(axes[row, 0]),
+            kept_picture(image, grid, stage.kept),
+            f"{_short(one.method)}\n{where}: {kept} kept",
+        )
+        if merged > kept:
+            groups = group_picture(image, grid, stage.groups, stage.kept)
+            _show(figure.add_subplot(axes[row, 1]), groups, f"{merged} patches in {kept} tokens")
+        if stage.errors is not None:
+            _show_errors(figure, figure.add_subplot(axes[row, 2]), stage.errors.reshape(grid), scales[stage.name])
+    return figure
 
 
 def kept_picture(image: np.ndarray, grid: tuple[int, int], kept: np.ndarray) -> np.ndarray:
@@ -50,14 +78,14 @@ def kept_picture(image: np.ndarray, grid: tuple[int, int], kept: np.ndarray) -> 
 
 
 def group_picture(image: np.ndarray, grid: tuple[int, int], groups: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8: patches of one group in one colour, the kept ones framed, patches alone as they are.
+    """(H, W, 3) uint8: a tint per group over the photograph, the kept patches framed, patches alone as they are.
 
     Dropped patches are faded.
     """
     sizes = np.bincount(groups[groups >= 0], minlength=len(kept))
     alone = (groups >= 0) & (sizes[groups.clip(min=0)] == 1)
-    share = np.where(groups < 0, _FADED, np.where(alone, 0.0, 0.6))
-    colour = np.where((groups >= 0)[:, None], _hues(len(kept))[groups.clip(min=0)], _fading(image))
+    share = np.where(groups < 0, _FADED, np.where(alone, 0.0, _TINT))
+    colour = np.where((groups >= 0)[:, None], _tints(len(kept))[groups.clip(min=0)], _fading(image))
     shape = image.shape[:2]
     picture = _blend(image, _enlarge(share, grid, shape), _enlarge(colour, grid, shape))
     framed = np.zeros(len(groups), dtype=bool)
@@ -66,26 +94,49 @@ def group_picture(image: np.ndarray, grid: tuple[int, int], groups: np.ndarray, 
     return picture
 
 
-def error_picture(image: np.ndarray, grid: tuple[int, int], errors: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8: from the smallest error (dark) to the largest (light); grey where no token entered."""
-    known = np.isfinite(errors)
-    low, high = (errors[known].min(), errors[known].max()) if known.any() else (0.0, 1.0)
-    level = np.where(known, errors - low, 0) / max(high - low, 1e-12) * (len(_RAMP) - 1)
-    colour = np.stack([np.interp(level, range(len(_RAMP)), _RAMP[:, channel]) for channel in range(3)], axis=1)
-    colour[~known] = 90
-    return _enlarge(colour, grid, image.shape[:2]).round().astype(np.uint8)
+def _scales(rows: Sequence[tuple[MethodTrace, StageTrace]]) -> dict[str, tuple[float, float]]:
+    """Smallest and largest error of every stage, over all methods."""
+    found: dict[str, list[np.ndarray]] = {}
+    for _, stage in rows:
+        if stage.errors is not None:
+            found.setdefault(stage.name, []).append(stage.errors[np.isfinite(stage.errors)])
+    return {name: (float(min(one.min() for one in all_)), float(max(one.max() for one in all_)))
+            for name, all_ in found.items()}  # fmt: skip
 
 
-def _panels(image: np.ndarray, grid: tuple[int, int], stage: StageTrace) -> list[tuple[str, np.ndarray]]:
-    merged = int((stage.groups >= 0).sum())
-    errors = np.full(len(stage.groups), np.nan) if stage.errors is None else stage.errors
-    known = errors[np.isfinite(errors)]
-    scale = f"error {known.min():.3g} .. {known.max():.3g}" if len(known) else "no error"
-    return [
-        (f"{stage.name}: {len(stage.kept)} kept", kept_picture(image, grid, stage.kept)),
-        (f"{stage.name}: {merged} patches in {len(stage.kept)}", group_picture(image, grid, stage.groups, stage.kept)),
-        (f"{stage.name}: {scale}", error_picture(image, grid, errors)),
-    ]
+def _show(axes: Any, picture: np.ndarray, label: str) -> None:
+    axes.imshow(picture, interpolation="none")
+    axes.set_title(label, fontsize=13)
+    axes.set_axis_off()
+
+
+def _show_errors(figure: "Figure", axes: Any, errors: np.ndarray, scale: tuple[float, float]) -> None:
+    """The map with its colour bar; grey where no token entered."""
+    from matplotlib import colormaps
+
+    colours = colormaps["magma"].with_extremes(bad="#9a9a9a")
+    shown = axes.imshow(np.ma.masked_invalid(errors), cmap=colours, vmin=scale[0], vmax=scale[1], interpolation="none")
+    axes.set_title("error", fontsize=13)
+    axes.set_axis_off()
+    axes.set_anchor("W")
+    bar = figure.colorbar(shown, ax=axes, fraction=0.046, pad=0.03)
+    bar.ax.tick_params(labelsize=11)
+
+
+def _write_answers(axes: Any, traces: Sequence[MethodTrace], question: str) -> None:
+    """The question, and a line per method."""
+    lines = ["\n".join(textwrap.wrap(f"Q: {question}", 44, max_lines=4, placeholder=" ...")), ""]
+    for one in traces:
+        answer = textwrap.shorten(one.answer, 30, placeholder=" ...")
+        lines.append(f"{_short(one.method)}: {answer}\n   {one.tokens:.1f} tokens per layer")
+    axes.text(
+        0.02, 0.97, "\n".join(lines), fontsize=13, va="top", ha="left", transform=axes.transAxes, parse_math=False
+    )
+    axes.set_axis_off()
+
+
+def _short(method: str) -> str:
+    return textwrap.shorten(method, 28, placeholder="...")
 
 
 def _fading(image: np.ndarray) -> np.ndarray:
@@ -112,19 +163,8 @@ def _frames(grid: tuple[int, int], shape: tuple[int, int]) -> np.ndarray:
     return edges[0][:, None] | edges[1]
 
 
-def _hues(count: int) -> np.ndarray:
-    """(count, 3) colours, neighbours far apart: hues in steps of the golden ratio."""
+def _tints(count: int) -> np.ndarray:
+    """(count, 3) quiet colours, neighbours far apart: hues in steps of the golden ratio, mixed with grey."""
     hue = (np.arange(max(count, 1)) * 0.618034) % 1
-    value = 0.75 + 0.25 * (np.arange(max(count, 1)) % 2)
     channels = [np.abs((hue * 6 + shift) % 6 - 3) - 1 for shift in (0, 4, 2)]
-    return np.stack(channels, axis=1).clip(0, 1) * 255 * value[:, None]
-
-
-def _text(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int) -> None:
-    """One line, cut where the width ends."""
-    font = ImageFont.load_default(14)
-    text = " ".join(text.split())
-    if pen.textlength(text, font) > width:
-        longer = bisect.bisect_right(range(len(text)), width, key=lambda end: pen.textlength(text[:end] + "...", font))
-        text = text[: max(longer - 1, 0)].rstrip() + "..."
-    pen.text(place, text, "black", font)
+    return 140 + 100 * (np.stack(channels, axis=1).clip(0, 1) - 0.5)

@@ -67,10 +67,13 @@ Decisions = dict[tuple[str, int], CompressedTokens]  # by stage and the decoder 
 
 @contextmanager
 def listening(method: str) -> Iterator[Decisions]:
-    """Collect what a registered method returns inside the block, the last call per stage."""
+    """Collect what a registered method returns inside the block, the last call per stage; "none" decides nothing."""
     cls = type(get_method(method))
-    original = cls.__dict__["select"]
     decisions: Decisions = {}
+    if not cls.stages:
+        yield decisions
+        return
+    original = cls.__dict__["select"]
 
     def select(self, tokens: Tensor, keep: int, context: StageContext) -> CompressedTokens:
         decided = original(self, tokens, keep, context)

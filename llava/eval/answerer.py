@@ -1,30 +1,24 @@
-"""LLaVA behind the runner: vicuna-style prompts, LLaVA's image preparation, batched generation."""
+"""LLaVA behind the runner: vicuna-style prompts and LLaVA's image preparation."""
 
-import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
 
 import apet
-from apet.adapters import host
-from apet.eval.answerer import Answer
 from apet.eval.benchmarks import Question
 from apet.eval.images import ImageError, Pictures
 from apet.eval.prompts import Context, around_images
-from apet.eval.sampling import QuestionSampling, draw_key, draw_seed
+from apet.eval.sampling import draw_key
 from llava.constants import DEFAULT_IM_END_TOKEN, DEFAULT_IM_START_TOKEN, DEFAULT_IMAGE_TOKEN
 from llava.conversation import new_conversation
-from llava.eval.lengths import context_of, crops_of, room_of_prompt
+from llava.eval.generation import LoadedBatch, ModelAnswerer, Upload
+from llava.eval.lengths import crops_of, room_of_prompt
 from llava.eval.tower_features import TowerFeatures
-from llava.eval.weights import weights_fingerprint
 from llava.mm_utils import process_images, tokenizer_image_token
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -120,196 +114,55 @@ class LlavaPreparer:
         return tokenizer_image_token(self.render(question), self.tokenizer, return_tensors="pt")
 
 
-@dataclass(frozen=True)
-class GenerationSettings:
-    """Decoding flags. Temperature 0 is greedy; `compile` compiles the decoding step."""
-
-    temperature: float = 0.0
-    top_p: float | None = None
-    num_beams: int = 1
-    max_new_tokens: int = 128
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"--temperature {self.temperature} must be a number of at least 0; 0 is greedy")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p {self.top_p} must be a number above 0 and at most 1")
-        for name in ("num_beams", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)} must be at least 1")
-        if self.compile and self.num_beams > 1:
-            raise ValueError(f"--compile does not go with --num_beams {self.num_beams}; leave one of them out")
-
-    def kwargs(self) -> dict[str, Any]:
-        """Arguments of `generate`."""
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
-        chosen = sampling if self.temperature > 0 else {"do_sample": False}
-        return {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens, "use_cache": True, **chosen}
-
-    def draws(self, seed: int, draws: Sequence[str], stored: GenerationConfig) -> dict[str, Any]:
-        """Arguments of `generate`, over `kwargs`, that let every row draw by itself; none where nothing is drawn.
-
-        Args:
-            seed: Of the run.
-            draws: What sets each row apart (`apet.eval.sampling.draw_key`).
-            stored: The checkpoint's defaults.
-
-        Raises:
-            ValueError: Several questions at a time with beams.
-        """
-        if self.temperature == 0:
-            return {}
-        seeds = [draw_seed(seed, draw) for draw in draws]
-        if self.num_beams > 1:
-            self.check_batch(len(draws))
-            torch.manual_seed(seeds[0])  # transformers draws beams from the global generator
-            return {}
-        noise = QuestionSampling(seeds, self.temperature, self.top_p, stored)
-        greedy = {"do_sample": False, "temperature": None, "top_p": None}
-        return greedy | {"logits_processor": LogitsProcessorList([noise])}
-
-    def check_batch(self, size: int | str) -> None:
-        """Raise ValueError for batches in which the draws of a question would depend on the others."""
-        if self.temperature > 0 and self.num_beams > 1 and size != 1:
-            raise ValueError(
-                f"--num_beams {self.num_beams} with --temperature {self.temperature} draws one question at a time; "
-                "give --batch_size 1, or --temperature 0"
-            )
-
-    def record(self) -> dict[str, Any]:
-        """The settings as a run record has them. Runs from before there was a choice are runs without compilation."""
-        settings = {name: value for name, value in vars(self).items() if name != "compile" or value}
-        # Answers from before that were drawn in another way are not continued.
-        return settings if self.temperature == 0 else settings | {"draws": "by question"}
-
-
-class LlavaAnswerer:
-    """Device side: a loaded model, patched with the configured compression.
+class LlavaAnswerer(ModelAnswerer):
+    """Device side of a LLaVA model.
 
     Args:
-        model: What `load_pretrained_model` returned.
-        preparer: The CPU side.
-        generation: Decoding flags.
-        config: Compression.
-        model_id: Name in the answer lines.
-        model_path: Checkpoint, for the record.
         features: Where to look up what the vision tower gives for an image; None to run it for every question.
-        new_tokens: For measurements: every answer has exactly so many tokens.
+        **shared: As `ModelAnswerer`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        preparer: LlavaPreparer,
-        generation: GenerationSettings,
-        config: apet.ApetConfig,
-        model_id: str,
-        model_path: str,
-        features: TowerFeatures | None = None,
-        new_tokens: int | None = None,
-    ) -> None:
-        self.model = apet.apply_patch(model, config)
-        known = preparer.known if features is None else features.known
-        self.preparer = replace(preparer, known=known, compression=config, context=context_of(model.config))
-        self.model_id = model_id
-        self.device = str(model.device)
-        self._generation, self._config, self._path, self._features = generation, config, model_path, features
-        exactly = {} if new_tokens is None else {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
-        self._generate = generation.kwargs() | exactly
-        most = self._generate["max_new_tokens"]
-        self._compiled = CompiledDecoding(self.model, most) if generation.compile else None
+    def __init__(self, *shared: Any, features: TowerFeatures | None = None, **named: Any) -> None:
+        super().__init__(*shared, **named)
+        self._features = features
+        if features is not None:
+            self.preparer = replace(self.preparer, known=features.known)
 
-    def load(self, prepared: Sequence[PreparedQuestion]) -> "LoadedQuestions":
-        """A batch on its way to the device: on a GPU from pinned memory, in a stream of its own."""
-        count = len(prepared)
-        prepared = self._compiled.filled_up(prepared) if self._compiled else prepared
-        ids, mask = _left_pad([one.input_ids for one in prepared], self._pad_id)
-        upload = Upload(self.model.device)
-        has_image, draws = tuple(one.has_image for one in prepared[:count]), tuple(one.draw for one in prepared)
-        rooms = tuple(one.room for one in prepared[:count])
-        if self._features is not None and any(has_image):
-            looked_up = tuple(prepared)
-            return LoadedQuestions(upload(ids), upload(mask), None, None, has_image, rooms, upload, draws, looked_up)
-        pixels, sizes = self._pixels(prepared)
-        images = [upload(one, self.model.dtype) for one in pixels] if isinstance(pixels, list) else pixels
-        if isinstance(images, Tensor):
-            images = upload(images, self.model.dtype)
-        return LoadedQuestions(upload(ids), upload(mask), images, sizes, has_image, rooms, upload, draws)
+    def upload_inputs(self, prepared: Sequence[PreparedQuestion], upload: Upload) -> dict[str, Any]:
+        """Ids with -200 for the image, mask, and pixels, unless these are looked up when the batch is answered."""
+        ids, mask = _left_pad([one.input_ids for one in prepared], self.model.generation_config.pad_token_id)
+        inputs = {"input_ids": upload(ids), "attention_mask": upload(mask), "images": None, "image_sizes": None}
+        if self._features is not None and any(one.has_image for one in prepared):
+            return inputs
+        pixels, sizes = _pixels(prepared)
+        if isinstance(pixels, list):
+            pixels = [upload(one, self.model.dtype) for one in pixels]
+        elif pixels is not None:
+            pixels = upload(pixels, self.model.dtype)
+        return inputs | {"images": pixels, "image_sizes": sizes}
 
-    def answer(self, prepared: "Sequence[PreparedQuestion] | LoadedQuestions") -> list[Answer]:
-        """Answers of a batch of prepared questions, or of what `load` made of them."""
-        loaded = prepared if isinstance(prepared, LoadedQuestions) else self.load(prepared)
-        loaded.upload.finish()
-        images = self._features.encode(self.model, loaded.looked_up) if loaded.looked_up else loaded.images
-        output = self.model.generate(
-            loaded.input_ids,
-            attention_mask=loaded.attention_mask,
-            images=images,
-            image_sizes=loaded.image_sizes,
-            **self._generate | self._generation.draws(self._config.seed, loaded.draws, self.model.generation_config),
-            **(self._compiled.kwargs() if self._compiled else {}),
-        )
-        if self._compiled:
-            self._compiled.answered(len(output))
-        shown_rows = zip(output[: len(loaded.has_image)].tolist(), loaded.rooms, strict=True)
-        new_ids = [until_end(row, self.model.generation_config, room) for row, room in shown_rows]
-        texts = self.preparer.tokenizer.batch_decode(new_ids, skip_special_tokens=True)
-        visual = apet.last_result(self.model).layer_averaged_tokens[:: self._generation.num_beams][: len(texts)]
-        return [
-            Answer(text.strip(), len(new), tokens if shown else None)
-            for text, new, tokens, shown in zip(texts, new_ids, visual, loaded.has_image, strict=True)
-        ]
+    def complete_inputs(self, loaded: LoadedBatch) -> Mapping[str, Any]:
+        """Arguments of `generate`; where the tower's output is looked up, it takes the place of the pixels."""
+        if self._features is None or not any(one.has_image for one in loaded.prepared):
+            return loaded.inputs
+        return {**loaded.inputs, "images": self._features.encode(self.model, loaded.prepared)}
 
-    def settings(self) -> Mapping[str, Any]:
-        """Everything that can change an answer."""
-        model = self.model
-        return {
-            **model_settings(model, self._path, self.model_id),
-            "conv_mode": self.preparer.conv_mode,
-            "image_aspect_ratio": getattr(model.config, "image_aspect_ratio", None),
-            "sample_weights": getattr(model.config, "sample_weights", None),
-            "generation": self._generation.record(),
-            "compression": self._config.to_dict(),
-        }
-
-    @property
-    def _pad_id(self) -> int:
-        return self.model.generation_config.pad_token_id
-
-    def _pixels(self, prepared: Sequence[PreparedQuestion]) -> tuple[Any, list[tuple[int, int]] | None]:
-        """Pixels, one entry per row; a row without an image gets a blank one that it never shows."""
-        known = [one.pixels for one in prepared if one.pixels is not None]
-        if not known:
-            return None, None
-        blank = torch.zeros_like(known[0][:1] if known[0].dim() == 4 else known[0])
-        pixels = [blank if one.pixels is None else one.pixels for one in prepared]
-        sizes = [one.image_size or (1, 1) for one in prepared]
-        same = len({one.shape for one in pixels}) == 1
-        return (torch.stack(pixels) if same else pixels), sizes
+    def own_settings(self) -> Mapping[str, Any]:
+        """How images are prepared, and which weights the bundled sample has."""
+        config = self.model.config
+        return {name: getattr(config, name, None) for name in ("image_aspect_ratio", "sample_weights")}
 
 
-def model_settings(model: torch.nn.Module, path: str, model_id: str) -> dict[str, Any]:
-    """What a run record says of the loaded checkpoint, whatever its family."""
-    return {
-        "model_path": path,
-        "model_id": model_id,
-        "weights": weights_fingerprint(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attn_implementation": host.attention_name(model.config),
-    }
-
-
-def until_end(ids: list[int], generation: GenerationConfig, room: int | None = None) -> list[int]:
-    """Generated ids up to the end token, which counts, without the padding of shorter rows.
-
-    Where the model's context ends, after `room` tokens, the answer ends: what follows depends on positions the model
-    was not made for. Rows of a batch end each at their own, so that answers do not depend on the batch.
-    """
-    end = generation.eos_token_id
-    ends = {end} if isinstance(end, int) else set(end or ())
-    stop = next((index for index, token in enumerate(ids) if token in ends), len(ids) - 1)
-    return ids[: stop + 1][:room]
+def _pixels(prepared: Sequence[PreparedQuestion]) -> tuple[Any, list[tuple[int, int]] | None]:
+    """Pixels, one entry per row; a row without an image gets a blank one that it never shows."""
+    known = [one.pixels for one in prepared if one.pixels is not None]
+    if not known:
+        return None, None
+    blank = torch.zeros_like(known[0][:1] if known[0].dim() == 4 else known[0])
+    pixels = [blank if one.pixels is None else one.pixels for one in prepared]
+    sizes = [one.image_size or (1, 1) for one in prepared]
+    same = len({one.shape for one in pixels}) == 1
+    return (torch.stack(pixels) if same else pixels), sizes
 
 
 def place_images(text: str, images: int, start_end: bool) -> str:
@@ -328,88 +181,6 @@ def place_images(text: str, images: int, start_end: bool) -> str:
         token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
     pieces = around_images(text, images)
     return token.join(pieces) if len(pieces) > 1 else f"{token}\n" * images + text
-
-
-class CompiledDecoding:
-    """What `generate` needs to compile its decoding step once and to use it for every batch.
-
-    Args:
-        model: The model that generates.
-        new_tokens: Most tokens of an answer.
-    """
-
-    def __init__(self, model: Any, new_tokens: int) -> None:
-        self._cache = apet.PromptCache(model, new_tokens)
-        self._compile = apet.compile_config()
-        self._rows = 0
-
-    def filled_up(self, prepared: Sequence[T]) -> list[T]:
-        """The batch, with repetitions of its first question up to the largest batch so far: its step is compiled."""
-        return [*prepared, *[prepared[0]] * (self._rows - len(prepared))]
-
-    def answered(self, rows: int) -> None:
-        """A batch of so many rows was answered."""
-        self._rows = max(self._rows, rows)
-
-    def kwargs(self) -> dict[str, Any]:
-        """Arguments of `generate`."""
-        self._cache.reset()
-        return host.with_cache(self._cache) | {"compile_config": self._compile}
-
-
-class Upload:
-    """Copies to a device that do not hold up its work: from pinned memory, in a stream beside the one that computes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._sent: list[Tensor] = []
-
-    def __call__(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The tensor on the device, converted before it travels; complete after `finish`."""
-        tensor = tensor if dtype is None else tensor.to(dtype)
-        if self._stream is None:
-            return tensor.to(self._device)
-        with torch.cuda.stream(self._stream):
-            sent = tensor.pin_memory().to(self._device, non_blocking=True)
-        self._sent.append(sent)
-        return sent
-
-    def finish(self) -> None:
-        """Let the work that follows on the device wait for the copies; the host does not wait."""
-        if self._stream is None:
-            return
-        computing = torch.cuda.current_stream(self._device)
-        computing.wait_stream(self._stream)
-        for tensor in self._sent:
-            tensor.record_stream(computing)  # its memory is not given away while the work reads it
-
-
-@dataclass(frozen=True)
-class LoadedQuestions:
-    """A batch on the device.
-
-    Attributes:
-        input_ids: (B, L) int64, padded on the left, with -200 for images.
-        attention_mask: (B, L).
-        images: (B, 3, H, W), a list with one tensor per row, or None.
-        image_sizes: (width, height) per row, or None.
-        has_image: Which of the questions have an image. Rows behind them only fill up the batch.
-        rooms: Most tokens of each question's answer, None where the model does not say.
-        upload: The copies under way.
-        draws: What sets the random draws of each row apart; rows that fill up the batch too.
-        looked_up: Questions whose images are encoded, or their features looked up, when they are answered.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    images: Tensor | list[Tensor] | None
-    image_sizes: list[tuple[int, int]] | None
-    has_image: tuple[bool, ...]
-    rooms: tuple[int | None, ...]
-    upload: Upload
-    draws: tuple[str, ...]
-    looked_up: tuple[PreparedQuestion, ...] = ()
 
 
 def _left_pad(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:

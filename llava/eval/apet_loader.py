@@ -1,6 +1,6 @@
 """Checkpoints for the programs of `apet` that run whole models (`apet.compare`, `apet.vis`).
 
-They look for this module by its name; it holds what `apet.eval.loader` documents.
+They find this module by the entry point `apet.loaders` or beside `apet`; it has what `apet.eval.loader` documents.
 """
 
 import argparse
@@ -10,31 +10,31 @@ import numpy as np
 from torch import nn
 
 import apet
+import llava._unmixed  # noqa: F401  here too, where another `llava` has replaced `llava/__init__.py`
 from apet.adapters import adapter_for
 from apet.eval.benchmarks import Question
 from apet.eval.scoring_cli import Parser
 from apet.methods import get_method
 from llava.conversation import new_conversation, plain_conv_mode
-from llava.eval.answerer import GenerationSettings, LlavaAnswerer, LlavaPreparer, PreparedQuestion
+from llava.eval.answerer import LlavaAnswerer, LlavaPreparer, PreparedQuestion
 from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
-from llava.eval.program import add_compile_flag, add_model_flags, load_model
+from llava.eval.generation import GenerationSettings
+from llava.eval.program import add_decoding_flags, add_model_flags, load_model
 from llava.eval.tower_features import TowerFeatures
 from llava.mm_utils import get_model_name_from_path
+from llava.model.multimodal_encoder.builder import resolve_vision_tower
 from llava.model.processors import FamilyProcessor, Inputs
+
+__all__ = ["LoadedFamily", "LoadedLlava", "add_flags", "load", "resolve_vision_tower"]
 
 # What a method's vision stage may ask for without a look into the tower.
 BEHIND_TOWER = {"text_embeddings", "vision_features"}
 
 
 def add_flags(parser: Parser) -> None:
-    """Checkpoint, prompt and decoding."""
+    """Add the flags of checkpoint, prompt and decoding."""
     add_model_flags(parser)
-    parser.add_argument("--conv-mode", type=str, default="vicuna_v1", help="prompt template")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=None)
-    parser.add_argument("--num_beams", type=int, default=1)
-    parser.add_argument("--max_new_tokens", type=int, default=128)
-    add_compile_flag(parser)
+    add_decoding_flags(parser, 0.0, 128, "vicuna_v1")
 
 
 def load(args: argparse.Namespace) -> "LoadedLlava | LoadedFamily":
@@ -81,8 +81,9 @@ class LoadedLlava:
         inside = get_method(config.method, **config.method_options).needs("vision").keys() - BEHIND_TOWER
         features = self._features if share_tower and not inside else None
         return LlavaAnswerer(
-            self.model, self._preparer, self._generation, config, self.model_id, self._path, features, new_tokens
-        )
+            self.model, self._preparer, self._generation, config, self.model_id, self._path, new_tokens,
+            features=features,
+        )  # fmt: skip
 
     def prompt_length(self, question: Question) -> int:
         """Tokens of a question's prompt."""
@@ -112,7 +113,7 @@ class LoadedFamily:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Not one for all images.
+        """There is no grid that all images share.
 
         Raises:
             ValueError: Always.
@@ -132,5 +133,5 @@ class LoadedFamily:
         return self._preparer.prompt_length(question)
 
     def seen(self, prepared: Inputs) -> np.ndarray:
-        """As `grid`."""
+        """There is no picture in the shape of a grid, for the reason that `grid` gives."""
         raise ValueError(f"{self._path} has no fixed grid of tokens; pictures of them are drawn for LLaVA-1.5 only")

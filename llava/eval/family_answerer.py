@@ -1,4 +1,4 @@
-"""The families of `llava.model.processors` behind the runner: their own prompts and processing, batched generation."""
+"""The families of `llava.model.processors` behind the runner: their own prompts and processing."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -8,14 +8,12 @@ from PIL.Image import Image
 from torch import Tensor
 
 import apet
-from apet.eval.answerer import Answer
 from apet.eval.benchmarks import Question
 from apet.eval.images import ImageError
 from apet.eval.prompts import Context, PromptError
 from apet.eval.sampling import draw_key
 from apet.eval.videos import read_clip
-from llava.eval.answerer import CompiledDecoding, GenerationSettings, Upload, model_settings, until_end
-from llava.eval.lengths import context_of
+from llava.eval.generation import ModelAnswerer, Upload
 from llava.model.processors import FamilyProcessor, Inputs
 
 FRAMES = 8
@@ -66,6 +64,11 @@ class FamilyPreparer:
         room = self.context.room(len(inputs.input_ids) - visual, visual, kept)
         return replace(inputs, room=room, draw=draw_key(question))
 
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer."""
+        return self.processor.tokenizer
+
     def prompt_length(self, question: Question) -> int:
         """Tokens of a question's prompt, its picture counted as one marker."""
         video = question.video is not None
@@ -74,99 +77,25 @@ class FamilyPreparer:
         return len(self.processor.tokenizer(prompt).input_ids)
 
 
-@dataclass(frozen=True)
-class LoadedInputs:
-    """A batch on the device.
+class FamilyAnswerer(ModelAnswerer):
+    """Device side of a model of `llava.model.processors`."""
 
-    Attributes:
-        inputs: What `generate` takes.
-        shown: Which rows have a picture.
-        rooms: Most tokens of each answer, None where the model does not say.
-        upload: The copies under way.
-        draws: What sets the random draws of each row apart; rows that fill up the batch too.
-    """
+    decoding = {"clean_up_tokenization_spaces": False}
+    echoes = True
 
-    inputs: Mapping[str, Tensor]
-    shown: tuple[bool, ...]
-    rooms: tuple[int | None, ...]
-    upload: Upload
-    draws: tuple[str, ...]
-
-
-class FamilyAnswerer:
-    """Device side: a loaded model, patched with the configured compression.
-
-    Args:
-        model: What `load_pretrained_model` returned.
-        preparer: The CPU side.
-        generation: Decoding flags.
-        config: Compression.
-        model_id: Name in the answer lines.
-        model_path: Checkpoint, for the record.
-        new_tokens: For measurements: every answer has exactly so many tokens.
-    """
-
-    def __init__(
-        self,
-        model: Any,
-        preparer: FamilyPreparer,
-        generation: GenerationSettings,
-        config: apet.ApetConfig,
-        model_id: str,
-        model_path: str,
-        new_tokens: int | None = None,
-    ) -> None:
-        self.model = apet.apply_patch(model, config)
-        self.preparer = replace(preparer, compression=config, context=context_of(model.config))
-        self.model_id = model_id
-        self.device = str(model.device)
-        self._generation, self._config, self._path = generation, config, model_path
-        exactly = {} if new_tokens is None else {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
-        self._generate = generation.kwargs() | exactly
-        most = self._generate["max_new_tokens"]
-        self._compiled = CompiledDecoding(self.model, most) if generation.compile else None
-
-    def load(self, prepared: Sequence[Inputs]) -> LoadedInputs:
-        """A batch on its way to the device."""
-        upload = Upload(self.model.device)
-        filled = self._compiled.filled_up(prepared) if self._compiled else prepared
-        inputs = {
+    def upload_inputs(self, prepared: Sequence[Inputs], upload: Upload) -> dict[str, Tensor]:
+        """The inputs that the processor makes of prompts and pictures."""
+        return {
             name: upload(value, self.model.dtype if name.startswith("pixel_values") else None)
-            for name, value in self.preparer.processor.collate(filled).items()
+            for name, value in self.preparer.processor.collate(prepared).items()
         }
-        shown, rooms = tuple(one.pictures > 0 for one in prepared), tuple(one.room for one in prepared)
-        return LoadedInputs(inputs, shown, rooms, upload, tuple(one.draw for one in filled))
 
-    def answer(self, prepared: "Sequence[Inputs] | LoadedInputs") -> list[Answer]:
-        """Answers of a batch of prepared questions, or of what `load` made of them."""
-        loaded = prepared if isinstance(prepared, LoadedInputs) else self.load(prepared)
-        loaded.upload.finish()
-        compiled = self._compiled.kwargs() if self._compiled else {}
-        draws = self._generation.draws(self._config.seed, loaded.draws, self.model.generation_config)
-        output = self.model.generate(**loaded.inputs, **self._generate | draws, **compiled)
-        if self._compiled:
-            self._compiled.answered(len(output))
-        start = loaded.inputs["input_ids"].shape[1]
-        rows = zip(output[: len(loaded.shown), start:].tolist(), loaded.rooms, strict=True)
-        new_ids = [until_end(row, self.model.generation_config, room) for row, room in rows]
-        texts = self.preparer.processor.tokenizer.batch_decode(
-            new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        visual = apet.last_result(self.model).layer_averaged_tokens[:: self._generation.num_beams][: len(texts)]
-        return [
-            Answer(text.strip(), len(new), tokens if shown else None)
-            for text, new, tokens, shown in zip(texts, new_ids, visual, loaded.shown, strict=True)
-        ]
+    def own_settings(self) -> Mapping[str, Any]:
+        """The settings of the processor, and how many frames of a video are shown."""
+        return {**self.preparer.processor.settings(), "num_frames": self.preparer.frames}
 
     def settings(self) -> Mapping[str, Any]:
-        """Everything that can change an answer."""
-        model = self.model
-        return {
-            **model_settings(model, self._path, self.model_id),
-            "conv_mode": self.preparer.conv_mode,
-            **self.preparer.processor.settings(),
-            "num_frames": self.preparer.frames,
-            "generation": self._generation.record()
-            | {"repetition_penalty": model.generation_config.repetition_penalty},
-            "compression": self._config.to_dict(),
-        }
+        """Everything that can change an answer; the repetition penalty among it, which stays the checkpoint's."""
+        shared = super().settings()
+        penalty = {"repetition_penalty": self.model.generation_config.repetition_penalty}
+        return {**shared, "generation": shared["generation"] | penalty}

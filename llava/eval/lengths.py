@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 import apet
-from apet.adapters.vision import budget_for
+from apet.adapters.stages import budget_for
 from apet.eval.prompts import Context
 from llava.mm_utils import get_anyres_image_grid_shape, unpad_bounds
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+import llava._unmixed  # noqa: F401  here too, where another `llava` has replaced `llava/__init__.py`
 from apet.eval.answerer import Answerer
 from apet.eval.benchmarks import Benchmark, Question, get_benchmark
 from apet.eval.benchmarks.video_qa import VideoQa
@@ -21,8 +22,9 @@ from apet.eval.runner import check, merge_ranks, rank_options, run
 from apet.eval.scoring_cli import USER_ERRORS, Parser
 from apet.eval.server import ServerAnswerer
 from llava.conversation import new_conversation, plain_conv_mode
-from llava.eval.answerer import GenerationSettings, LlavaAnswerer, LlavaPreparer
+from llava.eval.answerer import LlavaAnswerer, LlavaPreparer
 from llava.eval.family_answerer import FRAMES, FamilyAnswerer, FamilyPreparer
+from llava.eval.generation import GenerationSettings
 from llava.mm_utils import get_model_name_from_path
 from llava.model.builder import load_pretrained_model
 from llava.model.processors import FamilyProcessor, Limits
@@ -32,41 +34,42 @@ _DTYPES = {"auto": None, "fp16": torch.float16, "bf16": torch.bfloat16, "fp32": 
 
 def add_model_flags(parser: Parser) -> None:
     """Which checkpoint, where, and in what precision."""
-    parser.add_argument("--model-path", type=str, default="facebook/opt-350m", help="checkpoint folder or hub id")
-    parser.add_argument(
-        "--model-base", type=str, default=None, help="base model of a projector-only or LoRA checkpoint"
-    )
-    parser.add_argument("--vision-tower", type=str, default=None, help="CLIP folder, instead of the one in config.json")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), default="auto", help="auto: fp16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--attn_implementation", type=str, default=None, help="sdpa, eager or flash_attention_2")
-    parser.add_argument("--load-8bit", action="store_true", help="quantise with bitsandbytes")
-    parser.add_argument("--load-4bit", action="store_true", help="quantise with bitsandbytes")
-    parser.add_argument(
-        "--min_pixels", type=int, default=None, help="Qwen: pixels of the smallest image (default: 256 visual tokens)"
-    )
-    parser.add_argument("--max_pixels", type=int, default=None, help="Qwen: of the largest (default: 2048 tokens)")
+    group = parser.add_argument_group("checkpoint")
+    group.add_argument("--model-path", type=str, metavar="PATH", default="facebook/opt-350m", help="folder or hub id")
+    group.add_argument("--model-base", type=str, metavar="PATH", help="base of a projector-only or LoRA checkpoint")
+    group.add_argument("--vision-tower", metavar="DIR", help="CLIP folder, instead of the one in config.json")
+    group.add_argument("--dtype", choices=tuple(_DTYPES), default="auto", help="auto is fp16 on a GPU, fp32 on a CPU")
+    group.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    group.add_argument("--attn_implementation", metavar="NAME", help="sdpa, eager or flash_attention_2")
+    group.add_argument("--load-8bit", action="store_true", help="quantise with bitsandbytes")
+    group.add_argument("--load-4bit", action="store_true", help="quantise with bitsandbytes")
+    group.add_argument("--min_pixels", type=int, metavar="N", help="Qwen: of the smallest image (default: 256 tokens)")
+    group.add_argument("--max_pixels", type=int, metavar="N", help="Qwen: of the largest image (default: 2048 tokens)")
 
 
-def add_compile_flag(parser: Parser) -> None:
-    """Whether decoding is compiled."""
-    parser.add_argument("--compile", action="store_true", help="compile the decoding step (with CUDA graphs on a GPU)")
+def add_decoding_flags(
+    parser: Parser, temperature: float, new_tokens: int, conv_mode: str | None, *, compilable: bool = True
+) -> None:
+    """How an answer is written; the arguments are the defaults, and whether there is --compile."""
+    group = parser.add_argument_group("prompt and decoding")
+    group.add_argument(
+        "--conv-mode", type=str, metavar="NAME", default=conv_mode, help="prompt of checkpoints without a chat template"
+    )
+    group.add_argument("--temperature", type=float, metavar="T", default=temperature, help="0 is greedy")
+    group.add_argument("--top_p", type=float, metavar="P", help="sample among the likeliest tokens of this share")
+    group.add_argument("--num_beams", type=int, metavar="N", default=1, help="beams of beam search")
+    group.add_argument("--max_new_tokens", type=int, metavar="N", default=new_tokens, help="longest answer")
+    if compilable:
+        group.add_argument("--compile", action="store_true", help="compile decoding (with CUDA graphs on a GPU)")
 
 
 def question_parser(program: str, description: str, question_file: str, conv_mode: str, new_tokens: int) -> Parser:
     """Parser with the flags all question-file programs have."""
-    parser = Parser(prog=f"python -m {program}", description=description, allow_abbrev=False)
+    name = f"python -m {program}"
+    parser = Parser(prog=name, usage=f"{name} [options]", description=description, allow_abbrev=False)
     add_model_flags(parser)
     add_data_flags(parser, question_file)
-    parser.add_argument(
-        "--conv-mode", type=str, default=conv_mode, help="prompt template; checkpoints with a chat template use that"
-    )
-    parser.add_argument("--temperature", type=float, default=0.2, help="0 is greedy")
-    parser.add_argument("--top_p", type=float, default=None)
-    parser.add_argument("--num_beams", type=int, default=1)
-    parser.add_argument("--max_new_tokens", type=int, default=new_tokens)
-    add_compile_flag(parser)
-    parser.add_argument("--benchmark", type=str, default="vqa", help="how questions are read and answers written")
+    add_decoding_flags(parser, 0.2, new_tokens, conv_mode)
     add_runner_flags(parser)
     add_compression_flags(parser)
     add_server_flags(parser)
@@ -76,21 +79,13 @@ def question_parser(program: str, description: str, question_file: str, conv_mod
 def add_server_flags(parser: Parser) -> None:
     """A server that answers in place of a model in this process."""
     group = parser.add_argument_group("server")
+    group.add_argument("--server", metavar="URL", help=f"ask an OpenAI-compatible server (its key: {KEY_VARIABLE})")
+    group.add_argument("--server_model", metavar="NAME", help="which of its models, if it serves several")
+    group.add_argument("--concurrency", type=int, metavar="N", default=8, help="requests under way at a time")
     group.add_argument(
-        "--server",
-        type=str,
-        default=None,
-        metavar="URL",
-        help=f"ask an OpenAI-compatible server; its key, if it wants one, is read from {KEY_VARIABLE}",
-    )
-    group.add_argument("--server_model", type=str, default=None, help="which of its models, if it serves several")
-    group.add_argument("--concurrency", type=int, default=8, help="requests under way at a time")
-    group.add_argument(
-        "--allow-outside-pictures",
-        action="store_true",
-        help="send the server pictures outside --image-folder too, which a question file names by .., an absolute path "
-        "or a link",
-    )
+        "--allow-outside-pictures", action="store_true",
+        help="send it pictures outside --image-folder too (.., absolute paths, links)",
+    )  # fmt: skip
 
 
 def main(

@@ -21,10 +21,11 @@ from apet.eval.images import ImageError, open_file, open_picture
 from apet.eval.scoring_cli import Parser, run
 from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_PLACEHOLDER
 from llava.conversation import new_conversation, resolve_conv_mode
-from llava.eval.answerer import GenerationSettings, place_images
+from llava.eval.answerer import place_images
 from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
+from llava.eval.generation import GenerationSettings
 from llava.eval.lengths import context_of, crops_of, room_of_prompt
-from llava.eval.program import add_model_flags, load_model
+from llava.eval.program import add_decoding_flags, add_model_flags, load_model
 from llava.mm_utils import get_model_name_from_path, process_images, tokenizer_image_token
 from llava.model.processors import FamilyProcessor
 
@@ -116,13 +117,9 @@ def parser() -> Parser:
     flags = Parser(prog="python -m llava.eval.run_llava", description=__doc__.partition(":")[0], allow_abbrev=False)
     add_model_flags(flags)
     flags.add_argument("--image-file", type=str, required=True, help="path or address; several joined by --sep")
-    flags.add_argument("--query", type=str, required=True)
-    flags.add_argument("--conv-mode", type=str, default=None)
-    flags.add_argument("--sep", type=str, default=",")
-    flags.add_argument("--temperature", type=float, default=0.2)
-    flags.add_argument("--top_p", type=float, default=None)
-    flags.add_argument("--num_beams", type=int, default=1)
-    flags.add_argument("--max_new_tokens", type=int, default=512)
+    flags.add_argument("--query", type=str, required=True, help="the question")
+    flags.add_argument("--sep", type=str, default=",", help="what stands between image files")
+    add_decoding_flags(flags, 0.2, 512, None, compilable=False)
     add_compression_flags(flags)
     return flags
 

@@ -12,7 +12,7 @@ from apet.eval.prompts import PromptError
 from apet.eval.scoring_cli import Parser, run
 from llava.constants import DEFAULT_IMAGE_TOKEN
 from llava.conversation import new_conversation, resolve_conv_mode
-from llava.eval.answerer import GenerationSettings
+from llava.eval.generation import GenerationSettings
 from llava.eval.lengths import context_of, crops_of, room_of_prompt
 from llava.eval.program import add_model_flags, load_model
 from llava.eval.run_llava import insert_images, load_image
@@ -88,9 +88,9 @@ def parser() -> Parser:
     add_model_flags(flags)
     flags.set_defaults(device="cuda")
     flags.add_argument("--image-file", type=str, required=True, help="path or http(s) address")
-    flags.add_argument("--conv-mode", type=str, default=None)
-    flags.add_argument("--temperature", type=float, default=0.2)
-    flags.add_argument("--max-new-tokens", type=int, default=512)
+    flags.add_argument("--conv-mode", type=str, default=None, help="prompt template (default: of the model's name)")
+    flags.add_argument("--temperature", type=float, default=0.2, help="0 is greedy")
+    flags.add_argument("--max-new-tokens", type=int, default=512, help="longest answer")
     flags.add_argument("--debug", action="store_true", help="print prompt and answer of every turn")
     add_compression_flags(flags)
     return flags

@@ -1,4 +1,2 @@
 #!/usr/bin/env bash
-# POPE with LLaVA-1.5, to the three F1 scores and their mean. Settings: scripts/_common.sh.
-source "$(dirname "${BASH_SOURCE[0]}")/../_common.sh"
-run_benchmark llava1_5 pope 192 "$@"
+exec bash "$(dirname "$0")/../_apet.sh" eval llava1_5 pope "$@"

@@ -1,4 +1,2 @@
 #!/usr/bin/env bash
-# VizWiz test with LLaVA-1.6, to the upload file of its server. Settings: scripts/_common.sh.
-source "$(dirname "${BASH_SOURCE[0]}")/../_common.sh"
-run_benchmark llava1_6 vizwiz 640 "$@"
+exec bash "$(dirname "$0")/../_apet.sh" eval llava1_6 vizwiz "$@"

@@ -1,4 +1,2 @@
 #!/usr/bin/env bash
-# VQAv2 test-dev with LLaVA-1.6, to the upload file of its server. Settings: scripts/_common.sh.
-source "$(dirname "${BASH_SOURCE[0]}")/../_common.sh"
-run_benchmark llava1_6 vqav2 320 "$@"
+exec bash "$(dirname "$0")/../_apet.sh" eval llava1_6 vqav2 "$@"

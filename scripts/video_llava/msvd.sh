@@ -1,4 +1,2 @@
 #!/usr/bin/env bash
-# MSVD-QA test with Video-LLaVA, to accuracy by text or by a judge. Settings: scripts/_common.sh.
-source "$(dirname "${BASH_SOURCE[0]}")/../_common.sh"
-run_benchmark video_llava msvd 256 "$@"
+exec bash "$(dirname "$0")/../_apet.sh" eval video_llava msvd "$@"

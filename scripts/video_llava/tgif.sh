@@ -1,4 +1,2 @@
 #!/usr/bin/env bash
-# TGIF-QA test with Video-LLaVA, to accuracy by text or by a judge. Settings: scripts/_common.sh.
-source "$(dirname "${BASH_SOURCE[0]}")/../_common.sh"
-run_benchmark video_llava tgif 256 "$@"
+exec bash "$(dirname "$0")/../_apet.sh" eval video_llava tgif "$@"

@@ -130,4 +130,4 @@ def test_table_refuses_uneven_rows():
 
 def test_markdown():
     text = markdown([table("x", ["a", "b"], [["y", 1.5], [None, 1234.4]])], {"torch": "2", "GPU": None})
-    assert text == "torch 2\n\n**x**\n\n| a | b |\n| --- | --- |\n| y | 1.5 |\n|  | 1,234 |\n"
+    assert text == "torch 2\n\n**x**\n\n| a | b     |\n| - | ----- |\n| y | 1.5   |\n|   | 1,234 |\n"

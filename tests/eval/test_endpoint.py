@@ -204,6 +204,16 @@ def test_no_key_sends_no_header():
     assert "Authorization" not in server.requests[0][1]
 
 
+def test_nothing_about_the_user_or_the_machine_is_sent(monkeypatch):
+    """What OpenAI's own client would send, to whichever server."""
+    for name, value in (("ORG_ID", "org"), ("PROJECT_ID", "project"), ("CUSTOM_HEADERS", "X-Team: secret")):
+        monkeypatch.setenv(f"OPENAI_{name}", value)
+    with FakeEndpoint(scripted(Reply(body=message("x")))) as server:
+        endpoint(server).complete(ASK, model="tiny")
+    technical = {"Accept", "Accept-Encoding", "Connection", "Content-Length", "Content-Type", "Host", "User-Agent"}
+    assert set(server.requests[0][1]) == technical
+
+
 def test_a_key_that_no_header_can_hold_is_refused(monkeypatch):
     monkeypatch.setenv(KEY_VARIABLE, "two\nlines")
     with pytest.raises(EndpointError, match=f"the key in {KEY_VARIABLE} has characters"):

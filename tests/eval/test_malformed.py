@@ -343,7 +343,7 @@ CASES: dict[str, Case] = {
     ),
     "error target nan": Case(
         "option error_target=nan of method 'apet_plus' must lie in [0, 1]",
-        make=flags("--method", "apet_plus", "--error_target", "nan"),
+        make=flags("--method", "apet_plus", "--apet", "error_target=nan"),
         served=False,
     ),
     "option inf": Case(

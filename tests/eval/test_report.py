@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from apet import report
-from apet.eval.scoring_cli import run
+from apet.report.__main__ import main
 
 COMPRESSION = {
     "visual_token_num": 576, "image_token_ratio": None, "layer_list": [], "image_token_list": [],
@@ -60,7 +59,7 @@ def report_of(tmp_path, capsys):
     """Run the program on tmp_path: (status, cells of the table's rows by heading, whole stdout, stderr)."""
 
     def call(*flags, place=None):
-        status = run(report.parser(), report._report, [str(place or tmp_path), *map(str, flags)])
+        status = main([str(place or tmp_path), *map(str, flags)])
         captured = capsys.readouterr()
         lines = [
             [cell.strip() for cell in line.strip("|").split("|")]
@@ -115,7 +114,7 @@ def test_png_is_a_picture(usual, report_of, tmp_path):
 
 
 def test_png_without_matplotlib_says_so(usual, report_of, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, _, _, error = report_of("--png", tmp_path / "curve.png")
     assert status == 1 and "pip install matplotlib" in error
 

@@ -10,7 +10,8 @@ from PIL import Image
 
 import apet
 from apet.eval.benchmarks import get_benchmark
-from llava.eval.answerer import CompiledDecoding, GenerationSettings, LlavaAnswerer, LlavaPreparer
+from llava.eval.answerer import LlavaAnswerer, LlavaPreparer
+from llava.eval.generation import CompiledDecoding, GenerationSettings
 from llava.model.builder import load_pretrained_model
 
 MODEL = Path(__file__).parents[1] / "golden" / "end_to_end" / "llava-v1.5-tiny"

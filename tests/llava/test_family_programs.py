@@ -21,8 +21,8 @@ from apet.eval.cli import add_compression_flags, config_from_flags
 from apet.eval.prompts import PromptError
 from apet.eval.scoring_cli import Parser
 from llava.eval import apet_loader, eval_pope, model_vqa_loader, model_vqa_mmbench, model_vqa_science, run_llava
-from llava.eval.answerer import CompiledDecoding, GenerationSettings
 from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
+from llava.eval.generation import CompiledDecoding, GenerationSettings
 from llava.eval.program import main
 from llava.model.builder import load_pretrained_model
 from llava.model.processors import Limits, load_processor
@@ -308,8 +308,8 @@ def test_loaders_for_comparisons(checkpoint):
         ([], {"visual_token_num": None, "video_token_num": None}),
         (["--visual_token_num", "576"], {"visual_token_num": 576}),
         (["--image_token_ratio", "0.3"], {"visual_token_num": None, "image_token_ratio": 0.3}),
-        (["--video_token_num=22", "--video-budget-per", "clip"], {"video_token_num": 22, "video_budget_per": "clip"}),
-        (["--budget-per", "prompt", "--image-token-ratio", "0.3"], {"budget_per": "prompt"}),
+        (["--apet=video_token_num=22,video_budget_per=clip"], {"video_token_num": 22, "video_budget_per": "clip"}),
+        (["--apet", "budget_per=prompt", "--image-token-ratio", "0.3"], {"budget_per": "prompt"}),
     ],
 )
 def test_budget_flags(flags, fields):

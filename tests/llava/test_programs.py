@@ -23,7 +23,16 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 TINY = GOLDEN / "end_to_end"
 MODEL = str(TINY / "llava-v1.5-tiny")
 QUESTION = "What color is the stripe in the lower part of the picture?"
-COMPRESSED = ["--visual_token_num", "96", "--layer_list", "[16]", "--image_token_list", "[32]", "--fps_start", "first"]
+COMPRESSED = [
+    "--visual_token_num",
+    "96",
+    "--layer_list",
+    "[16]",
+    "--image_token_list",
+    "[32]",
+    "--apet",
+    "fps_start=first",
+]
 
 
 @pytest.fixture
@@ -67,7 +76,7 @@ def fails(capsys, status: int, *words: str) -> None:
     ("v96_b10_l16_t32", COMPRESSED),
     ("v192_b12_l8-16_t96-40", [
         "--visual-token-num", "192", "--layer-list", "[8, 16]", "--image-token-list", "[96, 40]",
-        "--basis-token-num", "12", "--fps-start", "0",
+        "--basis-token-num", "12", "--apet", "fps_start=0",
     ]),
 ])  # fmt: skip
 def test_golden_answers_through_the_command_line(questions, picture, setting, flags):
@@ -263,8 +272,8 @@ class TestBadInput:
             (["--layer_list", "[4]", "--image_token_list", "[0]"], ["image_token_list", "at least 1"]),
             (["--layer_list", "16"], ["--layer_list", "'[16]'"]),
             (["--layer_list", "__import__('os').getcwd()"], ["--layer_list", "not a list"]),
-            (["--fps_start", "nearest"], ["--fps_start", "farthest"]),
-            (["--fps_start", "600", "--visual_token_num", "96"], ["start=600", "0..575"]),
+            (["--apet", "fps_start=nearest"], ["fps_start", "farthest"]),
+            (["--apet", "fps_start=600", "--visual_token_num", "96"], ["start=600", "0..575"]),
             (["--method", "aped", "--visual_token_num", "96"], ["Did you mean 'apet'"]),
             (["--conv-mode", "vicuna"], ["vicuna_v1"]),
             (["--benchmark", "pop"], ["'pope'"]),
@@ -276,7 +285,7 @@ class TestBadInput:
     )
     def test_flags(self, questions, capsys, flags, words):
         fails(capsys, loader(questions, "answers.jsonl", *flags)[0], *words)
-        assert not questions.with_name("answers.jsonl").exists() or "--fps_start" in flags
+        assert not questions.with_name("answers.jsonl").exists() or "fps_start=600" in flags
 
     def test_a_broken_line_is_named(self, questions, capsys):
         questions.write_text(questions.read_text() + '{"question_id": 7, "image"\n')
@@ -333,7 +342,7 @@ def test_every_published_flag_has_its_default(name):
             assert action.const is True and action.default is False
         else:
             assert action.default == flag.get("default") and action.type.__name__ == flag["type"]
-    for flag in ("visual_token_num", "layer_list", "image_token_list", "basis_token_num", "method", "fps_start"):
+    for flag in ("visual_token_num", "layer_list", "image_token_list", "basis_token_num", "method", "apet"):
         assert f"--{flag}" in actions
 
 

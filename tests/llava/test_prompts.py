@@ -192,7 +192,7 @@ def test_what_cannot_be_asked_is_skipped_and_recorded(short, tmp_path, capsys):
 def test_a_prompt_fits_that_compression_makes_short_enough(short, tmp_path):
     status, answers, record = loader(short, tmp_path, TEXTS[:2], "--visual_token_num", "64")
     assert status == 0 and len(answers) == 2 and record["failures"] == []
-    status, *_ = loader(short, tmp_path, TEXTS[:2], "--visual_token_num", "64", "--position_mode", "keep")
+    status, *_ = loader(short, tmp_path, TEXTS[:2], "--visual_token_num", "64", "--apet", "position_mode=keep")
     assert status == 1  # the tokens left have the positions of all
 
 

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from clips import STEP, write_clip, write_corrupt, write_empty
@@ -19,8 +20,8 @@ from apet.eval.images import ImageError, Pictures
 from apet.eval.runner import merge_chunks
 from apet.eval.videos import Clip, frame_indices, read_clip
 from llava.eval import video_qa
-from llava.eval.answerer import GenerationSettings
 from llava.eval.family_answerer import FamilyAnswerer, FamilyPreparer
+from llava.eval.generation import GenerationSettings
 from llava.eval.program import main
 from llava.model.builder import load_pretrained_model
 from llava.model.processors import Limits, load_processor
@@ -86,6 +87,53 @@ def test_frames_are_those_of_the_specification(tmp_path):
     assert clip.times == pytest.approx(frame_indices(50, 8) / 25) and clip.seconds == pytest.approx(2)
 
 
+class CountingContainer:
+    """A container of PyAV that counts the frames it decodes."""
+
+    def __init__(self, container, decoded: list) -> None:
+        self._container, self._decoded = container, decoded
+
+    def __getattr__(self, name):
+        return getattr(self._container, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._container.close()
+
+    def decode(self, *args, **kwargs):
+        for frame in self._container.decode(*args, **kwargs):
+            self._decoded.append(frame.pts)
+            yield frame
+
+
+# File, codec, its settings, and how many of 60 frames may be decoded for three of them.
+LAYOUTS = [
+    ("x.mp4", "mpeg4", {"gop_size": 10}, 30),
+    ("x.avi", "mpeg4", {"gop_size": 10}, 30),
+    ("x.mkv", "libx264", {"gop_size": 12, "max_b_frames": 2}, 36),
+    ("x.mp4", "libx264", {"gop_size": 12, "max_b_frames": 2}, 36),
+    ("x.mp4", "libx265", {"gop_size": 12}, 36),
+    ("x.webm", "libvpx-vp9", {"gop_size": 10}, 30),
+    ("x.ts", "mpeg2video", {"gop_size": 10}, 180),  # seeking lands too late, so all are decoded: to count, and to pick
+    ("x.mp4", "mpeg4", {"gop_size": 250}, 60),  # a single keyframe
+]
+
+
+@pytest.mark.parametrize(("name", "codec", "fields", "most"), LAYOUTS, ids=lambda value: str(value))
+def test_only_the_way_to_a_frame_is_decoded(tmp_path, monkeypatch, name, codec, fields, most):
+    path = write_clip(tmp_path / name, 60, rate=25, codec=codec, **fields)
+    with av.open(str(path)) as container:
+        every = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    decoded, own = [], av.open
+    monkeypatch.setattr(av, "open", lambda *args: CountingContainer(own(*args), decoded))
+    clip = read_clip(path, 3)
+    for index, frame in zip((0, 29, 59), clip.frames, strict=True):
+        np.testing.assert_array_equal(np.asarray(frame), every[index])
+    assert clip.times == pytest.approx([0, 29 / 25, 59 / 25]) and len(decoded) <= most
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_any_number_of_frames_of_any_number(tmp_path, count):
     clip = read_clip(write_clip(tmp_path / "x.avi", 3), count)
@@ -135,10 +183,10 @@ def test_pyav_is_asked_for(tmp_path, monkeypatch):
 # --- every family -----------------------------------------------------------------------------------------------------
 
 BUDGETS = {
-    "video_llava": ["--video_token_num", "6", "--basis_token_num", "2"],
+    "video_llava": ["--apet", "video_token_num=6", "--basis_token_num", "2"],
     "internvl": ["--visual_token_num", "5", "--basis_token_num", "2"],
 }
-CLIP_BUDGET = ["--video_token_num", "7", "--video_budget_per", "clip", "--basis_token_num", "2"]
+CLIP_BUDGET = ["--apet", "video_token_num=7,video_budget_per=clip", "--basis_token_num", "2"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -94,6 +94,85 @@ def divprune(x, keep):
     return rows(x, chosen)
 
 
+def outlierness(x):
+    n = len(x)
+    common = np.array([np.mean([cos(x[i], x[j]) for j in range(n) if j != i]) for i in range(n)])
+    return (common.max() - common + 1e-6) / (common.max() - common.min())
+
+
+def cenprune(x, keep):
+    n, g = len(x), outlierness(x)
+    centred = x - x.mean(0)
+    distance = np.array([[1 - cos(a, b) for b in centred] for a in centred])
+    chosen = [max(range(n), key=lambda i: (g[i] * min(np.delete(distance[i], i)), -i))]
+    while len(chosen) < keep:
+        left = [i for i in range(n) if i not in chosen]
+        chosen.append(max(left, key=lambda i: (g[i] * min(distance[i][s] for s in chosen), -i)))
+    return rows(x, chosen)
+
+
+def cenprune_dpp(x, keep, relevance):
+    weight, centred = outlierness(x) * relevance, x - x.mean(0)
+    n = len(x)
+    kernel = np.array([[weight[i] * cos(centred[i], centred[j]) * weight[j] for j in range(n)] for i in range(n)])
+    return rows(x, log_det_greedy(kernel, keep))
+
+
+def lrcp(x, keep, rank):
+    centred = x - x.mean(0)
+    _, _, axes = np.linalg.svd(centred, full_matrices=False)
+    rest = centred - centred @ axes[:rank].T @ axes[:rank]
+    kept = sorted(ranked((rest**2).sum(1))[:keep])
+    groups = {i: [x[i]] for i in kept}
+    for i in range(len(x)):
+        if i not in groups:
+            groups[max(kept, key=lambda j: (cos(x[i], x[j]), -j))].append(x[i])
+    return {i: np.mean(members, axis=0) for i, members in groups.items()}
+
+
+def stacktok(x, keep, words):
+    relevance = np.array([softmax(np.array([cos(w, v) for v in x]) / 0.02) for w in words])
+    cover = np.array([softmax(np.array([cos(a, b) for b in x]) / 0.2) for a in x])
+    beta = np.mean([-sum(p * np.log(p) for p in row if p > 0) / np.log(len(x)) for row in relevance])
+    alone = []
+    while len(alone) < keep:
+        left = [i for i in range(len(x)) if i not in alone]
+        alone.append(max(left, key=lambda i: (round(coverage(cover, [*alone, i]), 9), -i)))
+    chosen = []
+    while len(chosen) < keep:
+        left = [i for i in range(len(x)) if i not in chosen]
+        enough = not chosen or coverage(cover, chosen) >= beta * coverage(cover, alone[: len(chosen)])
+        matrix = relevance if enough else cover
+        chosen.append(max(left, key=lambda i: (coverage(matrix, [*chosen, i]), -i)))
+    return rows(x, chosen)
+
+
+def evocut_score(changes, clusters, updates):
+    n = len(changes)
+    u = changes / np.linalg.norm(changes, axis=1, keepdims=True)
+    distance = np.array([[1 - cos(a, b) for b in u] for a in u])
+    starts = [max(range(n), key=lambda i: (min(np.delete(distance[i], i)), -i))]
+    while len(starts) < clusters:
+        left = [i for i in range(n) if i not in starts]
+        starts.append(max(left, key=lambda i: (min(distance[i][s] for s in starts), -i)))
+    centres = u[starts]
+    for _ in range(updates):
+        nearest = (u @ centres.T).argmax(1)
+        for c in range(clusters):
+            if (nearest == c).any():
+                mean = u[nearest == c].mean(0)
+                centres[c] = mean / np.linalg.norm(mean)
+    return 1 - (u @ centres.T).max(1)
+
+
+def evocut(x, keep, states, clusters=8, updates=10):
+    score = None
+    for before, after in zip(states[:-1], states[1:], strict=True):
+        unusual = evocut_score(after - before, clusters, updates)
+        score = unusual if score is None else 0.95 * score + 0.05 * unusual
+    return by_score(x, keep, score)
+
+
 def log_det_greedy(kernel, keep):
     """Picks in order, by the determinant itself."""
     chosen = []

@@ -14,6 +14,7 @@ HEADS, WIDTH, TEXT = 3, 4, 6
 _TOKEN_AXIS = {
     "cls_attention": 2,
     "vision_keys": 2,
+    "vision_states": 1,
     "vision_features": 1,
     "clip_relevance": 1,
     "attention_row": 2,
@@ -50,6 +51,8 @@ class Inputs:
             draw[f"text_attention {layer}"] = noise(batch, HEADS, TEXT, n, seed=own + 4).softmax(-1)
             draw[f"keys {layer}"] = noise(batch, HEADS, n, WIDTH, seed=own + 5)
             draw[f"text_keys {layer}"] = noise(batch, HEADS, TEXT, WIDTH, seed=own + 6)
+        for layer in range(-12, 0):
+            draw[f"vision_states {layer}"] = noise(batch, n, 5, seed=seed + 100 + layer)
         mask = torch.arange(TEXT).unsqueeze(0) < TEXT - torch.arange(batch).unsqueeze(1) % 3
         return cls(draw | {"text mask": mask})
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from apet.methods import get_method, token_sizes
-from apet.methods._features import error_space, sink_positions
+from apet.methods._features import error_space, outlierness, sink_positions
+from apet.methods._select import cosine
 from apet.methods._volume import Quota, greedy_volume
 from methods import brute_force as brute
 from methods.synthetic import Inputs, noise, run
@@ -223,3 +224,14 @@ def test_it_keeps_fewer_duplicates_than_one_shot_errors():
 
     ours, published = (run(name, tokens, 12).indices[0] for name in ("apet_plus", "apet"))
     assert unexplained(ours) < 0.5 * unexplained(published)
+
+
+def test_outlier_weight_is_the_scaled_kernel():
+    """A weight on the errors picks as the determinant of the kernel scaled with it does, as Cen-Prune has it."""
+    tokens = noise(2, 40, 20) + 2 * noise(1, 1, 20, seed=1)
+    picks = run("apet_plus", tokens, 12, **BARE | {"normalise": "centre_unit", "outlier": 1.0}).basis
+    weight = outlierness(tokens)
+    centred = cosine(tokens - tokens.mean(1, keepdim=True))
+    scaled = greedy_volume(weight.unsqueeze(1) * centred * weight.unsqueeze(2), 12, first=picks[:, 0]).picks
+    assert picks.tolist() == scaled.tolist()
+    assert picks.tolist() != run("apet_plus", tokens, 12, **BARE | {"normalise": "centre_unit"}).basis.tolist()

@@ -24,20 +24,31 @@ CASES = [
     ("apet_plus", "vision", {"normalise": "centre_unit", "merge": False, "quota": 0.0, "ridge": 0.01}),
     ("apet_plus", "vision", {"quota": 1.0, "start": "norm", "sinks": "keep", "similarity_floor": None}),
     ("apet_plus", "vision", {"text": 1.0}),
+    ("apet_plus", "vision", {"text": 0.5, "outlier": 1.0}),
+    ("apet_plus", "vision", {"normalise": "centre_unit", "outlier": 1.0}),
     ("apet_plus", "llm", {"text": 0.5, "rounds": 3, "quota": 0.7}),
     ("avg_pool", "vision", {}),
     ("avg_pool", "llm", {}),
     ("cdpruner", "vision", {}),
     ("cdpruner", "vision", {"relevance": "embeddings", "theta": 0.5}),
+    ("cenprune", "vision", {}),
+    ("cenprune", "llm", {}),
+    ("cenprune", "vision", {"form": "dpp"}),
+    ("cenprune", "vision", {"form": "dpp", "relevance": "clip"}),
+    ("cenprune", "vision", {"form": "dpp", "relevance": "embeddings"}),
     ("dart", "llm", {}),
     ("dart", "llm", {"text_pivots": 0}),
     ("divprune", "vision", {}),
     ("divprune", "llm", {}),
+    ("evocut", "vision", {}),
+    ("evocut", "vision", {"layers": 3, "clusters": 2}),
     ("fastv", "llm", {}),
     ("grid", "vision", {}),
     ("grid", "llm", {}),
     ("holov", "vision", {}),
     ("holov", "vision", {"inside": "score"}),
+    ("lrcp", "vision", {}),
+    ("lrcp", "llm", {"rank": 8}),
     ("mmtok", "vision", {}),
     ("mmtok", "vision", {"text": False}),
     ("norm", "vision", {}),
@@ -50,6 +61,7 @@ CASES = [
     ("scope", "vision", {"alpha": 0.0}),
     ("sparsevlm", "llm", {}),
     ("sparsevlm", "llm", {"recycle": False}),
+    ("stacktok", "vision", {}),
     ("tome", "vision", {}),
     ("tome", "llm", {}),
     ("uniform", "vision", {}),
@@ -62,9 +74,11 @@ CASES = [
 ]
 every = pytest.mark.parametrize(("name", "stage", "options"), CASES)
 
-# Methods whose rows can be other than tokens of the input, and those where every token ends up in exactly one row.
-SYNTHETIC = {"apet", "apet_plus", "avg_pool", "prumerge_plus", "sparsevlm", "tome", "visionzip", "vscan"}
-LOSSLESS = ("apet", "avg_pool", "prumerge_plus", "tome", "visionzip")
+# Methods whose rows can be other than tokens of the input, those that take equal tokens in order, and those where every
+# token ends up in exactly one row.
+SYNTHETIC = {"apet", "apet_plus", "avg_pool", "lrcp", "prumerge_plus", "sparsevlm", "tome", "visionzip", "vscan"}
+IN_ORDER = {"cdpruner", "cenprune", "divprune", "evocut", "fastv", "mmtok", "norm", "pyramiddrop", "scope", "stacktok"}
+LOSSLESS = ("apet", "avg_pool", "lrcp", "prumerge_plus", "tome", "visionzip")
 
 
 def call(name, stage, options, tokens, keep, inputs=None):
@@ -146,7 +160,18 @@ def test_equal_tokens_are_ties(name, stage, options, keep):
     assert same(result, call(name, stage, options, tokens, keep, inputs))
     if name not in ("visionzip", "prumerge_plus", "sparsevlm"):  # their rows are sums
         torch.testing.assert_close(result.tokens, tokens[:, :keep])
-    if name in ("norm", "fastv", "pyramiddrop", "divprune", "scope", "mmtok", "cdpruner"):
+    if name in (
+        "norm",
+        "fastv",
+        "pyramiddrop",
+        "divprune",
+        "scope",
+        "mmtok",
+        "cdpruner",
+        "cenprune",
+        "stacktok",
+        "evocut",
+    ):
         assert result.indices.tolist() == [list(range(keep))] * 2
 
 
@@ -204,9 +229,13 @@ POSITION_FREE = [
     ("apet_plus", "vision", {"quota": 0.0}),
     ("apet_plus", "vision", {"quota": 0.0, "rounds": 3, "sinks": "merge", "normalise": "unit"}),
     ("cdpruner", "vision", {}),
+    ("cenprune", "vision", {}),
+    ("cenprune", "vision", {"form": "dpp"}),
     ("dart", "llm", {}),
     ("divprune", "vision", {}),
+    ("evocut", "vision", {}),
     ("fastv", "llm", {}),
+    ("lrcp", "vision", {}),
     ("mmtok", "vision", {}),
     ("norm", "vision", {}),
     ("pyramiddrop", "llm", {}),

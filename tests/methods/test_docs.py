@@ -12,24 +12,24 @@ import pytest
 from apet.methods import get_method, method_names
 
 ROOT = Path(__file__).parents[2]
+NO_NUMBER = {"stacktok"}  # we know its formulas from a survey
 BASELINES = {"none", "random", "uniform", "grid", "avg_pool", "norm"}
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make_methods_doc", ROOT / "scripts" / "make_methods_doc.py")
+    spec = importlib.util.spec_from_file_location("make_docs", ROOT / "scripts" / "make_docs.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_page_is_current(script):
-    message = "run python scripts/make_methods_doc.py"
-    assert script.PAGE.read_text(encoding="utf-8") == script.page(), message
+def test_the_pages_are_current(script, capsys):
+    assert script.main(["--check"]) == 0, capsys.readouterr().err
 
 
 def test_one_line_per_method(script):
-    named = re.findall(r"^\| `(\w+)` \|", script.page(), flags=re.MULTILINE)
+    named = re.findall(r"^\| `(\w+)` \|", script.methods_page(), flags=re.MULTILINE)
     assert named == method_names() * 2
 
 
@@ -39,7 +39,8 @@ def test_a_method_is_described(name):
     module = inspect.getmodule(type(method))
     assert module.__name__ == f"apet.methods.{name}"
     assert is_dataclass(method) and type(method).__dataclass_params__.frozen
-    assert method.idea and bool(method.arxiv) == bool(method.paper) == (name not in BASELINES)
+    assert method.idea and bool(method.paper) == (name not in BASELINES)
+    assert bool(method.arxiv) == (name not in BASELINES | NO_NUMBER)
     assert method.features in ("pre_projector", "post_projector")
     if method.arxiv:
         assert re.fullmatch(r"\d{4}\.\d{5}", method.arxiv) and f"arXiv {method.arxiv}" in module.__doc__

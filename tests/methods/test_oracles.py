@@ -117,6 +117,77 @@ def test_divprune(grid, dim):
 
 
 @shapes
+def test_cenprune(grid, dim):
+    tokens, _ = problem(grid, dim)
+    compare("cenprune", tokens, None, grid, lambda b, x, keep: brute.cenprune(x, keep))
+
+
+@pytest.mark.parametrize("relevance", ["none", "clip", "embeddings"])
+def test_cenprune_on_a_determinantal_point_process(relevance):
+    tokens, inputs = problem((3, 4), 14)
+
+    def oracle(b, x, keep):
+        if relevance == "none":
+            return brute.cenprune_dpp(x, keep, np.ones(len(x)))
+        if relevance == "clip":
+            score = -of(inputs, "clip_relevance", b)
+        else:
+            text = of(inputs, "text_embeddings", b)[of(inputs, "text mask", b) > 0]
+            score = np.array([np.mean([brute.cos(v, t) for t in text]) for v in x])
+        return brute.cenprune_dpp(x, keep, (score - score.min() + 1e-6) / (score.max() - score.min()))
+
+    for keep in (1, 5, 8):
+        result = run("cenprune", tokens, keep, inputs=inputs, form="dpp", relevance=relevance)
+        agrees(result, [oracle(b, tokens[b].double().numpy(), keep) for b in range(BATCH)])
+
+
+def test_cenprune_does_not_see_a_common_offset():
+    """What all tokens share hides their differences from plain cosines, not from centred ones."""
+    tokens = noise(1, 60, 16)
+    offset = 30 * noise(1, 1, 16, seed=1)
+    similarity = cosine(tokens + offset - (tokens + offset).mean(1, keepdim=True))
+    torch.testing.assert_close(similarity, cosine(tokens - tokens.mean(1, keepdim=True)), atol=1e-4, rtol=1e-4)
+    assert cosine(tokens + offset).min() > 0.9 > similarity.masked_fill(torch.eye(60) > 0, -1).max()
+
+
+def test_relevance_of_cenprune_needs_the_form_that_reads_it():
+    with pytest.raises(ValueError, match="needs form='dpp'"):
+        get_method("cenprune", relevance="clip")
+
+
+@shapes
+@pytest.mark.parametrize("rank", [1, 4])
+def test_lrcp(grid, dim, rank):
+    tokens, _ = problem(grid, dim)
+    compare("lrcp", tokens, None, grid, lambda b, x, keep: brute.lrcp(x, keep, rank), rank=rank)
+
+
+@shapes
+@pytest.mark.parametrize("scale", [0.6, 1.0])
+def test_stacktok(grid, dim, scale):
+    """Texts near the image tokens are sharp questions, with a small share of coverage; others are vague ones."""
+    tokens, inputs = problem(grid, dim)
+    tokens, inputs = tokens.double(), inputs.to(torch.float64)
+    inputs.tensors["text_embeddings"] = scale * inputs.tensors["text_embeddings"] + (1 - scale) * tokens[:, :6]
+
+    def oracle(b, x, keep):
+        return brute.stacktok(x, keep, of(inputs, "text_embeddings", b)[of(inputs, "text mask", b) > 0])
+
+    compare("stacktok", tokens, inputs, grid, oracle)
+
+
+@shapes
+def test_evocut(grid, dim):
+    tokens, inputs = problem(grid, dim)
+    inputs = inputs.to(torch.float64)
+
+    def oracle(b, x, keep):
+        return brute.evocut(x, keep, [of(inputs, f"vision_states {layer}", b) for layer in range(-12, 0)])
+
+    compare("evocut", tokens, inputs, grid, oracle)
+
+
+@shapes
 def test_visionzip(grid, dim):
     tokens, inputs = problem(grid, dim)
     compare(

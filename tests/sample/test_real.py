@@ -338,3 +338,16 @@ def test_shipped_parts_are_those_of_the_shipped_log():
     assert all(value.isfinite().all() for value in trained.values())
     for kind, least in {"existence": 0.95, "color": 0.95, "shape": 0.95, "digit": 0.8, "count": 0.8}.items():
         assert final["final"][kind] >= least
+
+
+def test_grade_says_how_it_orders_methods_against_published_results():
+    """Five methods, ten pictures: each is right on as many questions as its published number says."""
+    marks = {"none": 10, "mmtok": 9, "holov": 8, "divprune": 7, "tome": 6, "fastv": 1}
+    rows = [
+        {"types": ["colour"] * 10, "right": {name: [one < count for one in range(10)] for name, count in marks.items()}}
+        for _ in range(10)
+    ]
+    text = grade.published_order(rows, 64)
+    assert "64 tokens, 5 methods" in text and "is 1.00 (95 %: 1.00 .. 1.00)" in text
+    assert "| tome     | 91.9      | 60.0 |" in text
+    assert grade.published_order(rows, 100) == ""

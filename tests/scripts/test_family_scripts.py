@@ -106,20 +106,20 @@ def test_published_flags_of_video_llava(name):
     answering, scoring = commands(f"video_llava/{name}")
     folder = f"data/eval/GPT_Zero_Shot_QA/{VIDEOS[name][0]}_Zero_Shot_QA"
     values = {
-        "--video_token_num": "22", "--basis_token_num": "10", "--layer_list": "[]", "--conv-mode": "llava_v1",
+        "--apet": "video_token_num=22", "--basis_token_num": "10", "--layer_list": "[]", "--conv-mode": "llava_v1",
         "--benchmark": name, "--video_dir": f"{folder}/{VIDEOS[name][1]}", "--question-file": f"{folder}/test_q.json",
         "--gt_file_answers": f"{folder}/test_a.json", "--answers-file": f"{folder}/Video-LLaVA-7B-hf/merge.jsonl",
     }  # fmt: skip
     assert {key: flag(answering, key) for key in values} == values
     assert flag(scoring, "--pred_path") == values["--answers-file"]
     whole = commands(f"video_llava/{name}", TOKENS="none")[0]
-    assert "--video_token_num" not in whole and flag(whole, "--layer_list") == "[]"
+    assert "--apet" not in whole and flag(whole, "--layer_list") == "[]"
 
 
 def test_budgets_from_the_environment():
     settings = {"VIDEO_TOKEN_NUM": "12", "LAYER_LIST": "[8]", "IMAGE_TOKEN_LIST": "[64]"}
     answering = commands("video_llava/msvd", **settings)[0]
-    assert flag(answering, "--video_token_num") == "12" and flag(answering, "--image_token_list") == "[64]"
+    assert flag(answering, "--apet") == "video_token_num=12" and flag(answering, "--image_token_list") == "[64]"
     assert "Video-LLaVA-7B-hf-apet-v12-l8-t64-b10/" in flag(answering, "--answers-file")
     answering = commands("qwen2_5_vl/pope", IMAGE_TOKEN_RATIO="0.5")[0]
     assert flag(answering, "--image_token_ratio") == "0.5" and flag(answering, "--image_token_ratio_list") == "[0.333]"

@@ -11,13 +11,13 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from apet.eval.benchmarks import get_benchmark
+from apet.eval.recipes import FAMILIES
 from llava.conversation import conv_templates
 
 from .conftest import (
@@ -39,58 +39,21 @@ NINE = ("gqa", "mmbench", "mmbench_cn", "mme", "pope", "sqa", "textvqa", "vizwiz
 GQA_RUN = "gqa/answers/llava_gqa_testdev_balanced"
 VQAV2_SPLIT = "llava_vqav2_mscoco_test-dev2015"
 
-# --- runs with a real (tiny) checkpoint: two at a time, started ahead for the tests that were selected ----------------
-
-RUNS: dict[str, Callable[[Path], dict]] = {}
+# --- runs with a real (tiny) checkpoint -------------------------------------------------------------------------------
 
 
-def scenario(function: Callable[[Path], dict]) -> Callable[[Path], dict]:
-    """Register a run by name; it gets a folder and returns what its test looks at."""
-    RUNS[function.__name__] = function
-    return function
-
-
-@pytest.fixture(scope="module")
-def pool(request, tmp_path_factory) -> Iterator[Callable[[str], Future]]:
-    """Future of a result by name."""
-    parameters = (getattr(item, "callspec", None) for item in request.session.items)
-    wanted = [one.params["result"] for one in parameters if one is not None and "result" in one.params]
-    if "missing_image" in wanted:
-        wanted.append("llava1_5/gqa")  # what chunks are compared with
-    with ThreadPoolExecutor(2) as executor:
-        futures = {name: executor.submit(RUNS[name], tmp_path_factory.mktemp("run")) for name in dict.fromkeys(wanted)}
-        yield futures.__getitem__
-        for future in futures.values():
-            future.cancel()
-
-
-@pytest.fixture
-def result(pool, request) -> dict:
-    """What a scenario returned."""
-    return pool(request.param).result()
-
-
-def ends_in(*names: str) -> Callable:
-    """Parametrise a test by scenarios."""
-    return pytest.mark.parametrize("result", names, indirect=True)
-
-
-def benchmark_run(family: str, name: str) -> Callable[[Path], dict]:
-    """Scenario of one benchmark script; answers go to OUT, beside a data folder that is left as it was."""
-
-    def run(folder: Path) -> dict:
-        data = write_miniature(folder / "eval")
-        official(data / "gqa/eval.py", "--predictions")
-        official(data / "MME/eval_tool/calculation.py", "--results_dir")
-        before = sorted(path for path in data.rglob("*"))
-        settings = {"OUT": folder / "out"}
-        if family == "llava1_6":
-            settings |= {"MODEL": MODEL_16, "LAYER_LIST": "[4]", "EXPERIMENT": MODEL_16.name}
-        outcome = run_script(f"{family}/{name}", data, **settings)
-        assert sorted(path for path in data.rglob("*")) == before
-        return {"outcome": outcome, "out": folder / "out"}
-
-    return run
+def run_benchmark(family: str, name: str, folder: Path) -> dict:
+    """Run one benchmark script; answers go to OUT, beside a data folder that is left as it was."""
+    data = write_miniature(folder / "eval")
+    official(data / "gqa/eval.py", "--predictions")
+    official(data / "MME/eval_tool/calculation.py", "--results_dir")
+    before = sorted(path for path in data.rglob("*"))
+    settings = {"OUT": folder / "out"}
+    if family == "llava1_6":
+        settings |= {"MODEL": MODEL_16, "LAYER_LIST": "[4]", "EXPERIMENT": MODEL_16.name}
+    outcome = run_script(f"{family}/{name}", data, **settings)
+    assert sorted(path for path in data.rglob("*")) == before
+    return {"outcome": outcome, "out": folder / "out"}
 
 
 def official(path: Path, flag: str) -> None:
@@ -103,18 +66,15 @@ def official(path: Path, flag: str) -> None:
     )
 
 
-RUNS |= {f"{family}/{name}": benchmark_run(family, name) for family in ("llava1_5", "llava1_6") for name in NINE}
-
-
-@ends_in(*(f"llava1_5/{name}" for name in NINE))
-def test_llava1_5_to_its_score_or_upload(result, request):
-    check_end(result, request.node.callspec.params["result"].split("/")[1], MODEL.name)
+@pytest.mark.parametrize("name", NINE)
+def test_llava1_5_to_its_score_or_upload(name, tmp_path):
+    check_end(run_benchmark("llava1_5", name, tmp_path), name, MODEL.name)
 
 
 @pytest.mark.skipif(not MODEL_16.is_dir(), reason="no tiny LLaVA-1.6 checkpoint in tests/golden")
-@ends_in(*(f"llava1_6/{name}" for name in NINE))
-def test_llava1_6_to_its_score_or_upload(result, request):
-    name = request.node.callspec.params["result"].split("/")[1]
+@pytest.mark.parametrize("name", NINE)
+def test_llava1_6_to_its_score_or_upload(name, tmp_path):
+    result = run_benchmark("llava1_6", name, tmp_path)
     check_end(result, name, MODEL_16.name)
     if name == "textvqa":
         prompts = {row["prompt"] for row in read_lines(result["out"] / f"textvqa/answers/{MODEL_16.name}.jsonl")}
@@ -174,57 +134,47 @@ ENDS = {
 UPLOADED = {"vizwiz": [f"VizWiz_test_{index:08d}.jpg" for index in range(3)], "vqav2": list(range(5))}
 
 
-@scenario
-def missing_image(folder: Path) -> dict:
+@pytest.fixture(scope="module")
+def repaired(tmp_path_factory) -> dict:
     """A chunk that cannot open its last image; the image is put there; second start."""
-    data = write_miniature(folder / "eval")
+    data = write_miniature(tmp_path_factory.mktemp("repaired") / "eval")
     image, answers = data / "gqa/images/n2.jpg", data / GQA_RUN / MODEL.name
     image.unlink()
     first = run_script("llava1_5/gqa", data, CHUNKS=2, BATCH_SIZE=1)
     files = {path.name for path in answers.iterdir()}
     kept = read_lines(answers / "merge.2_0.jsonl") + read_lines(answers / "merge.2_1.jsonl")
     picture(2).save(image)
-    return {
-        "first": first,
-        "files": files,
-        "kept": kept,
-        "second": run_script("llava1_5/gqa", data, CHUNKS=2),
-        "answers": answers,
-    }
+    second = run_script("llava1_5/gqa", data, CHUNKS=2)
+    return {"first": first, "files": files, "kept": kept, "second": second, "answers": answers}
 
 
-@ends_in("missing_image")
-def test_a_failed_chunk_stops_the_run_unscored_and_a_second_start_completes_it(result):
-    first, second = result["first"], result["second"]
+def test_a_failed_chunk_stops_the_run_unscored_and_a_second_start_completes_it(repaired):
+    first, second = repaired["first"], repaired["second"]
     assert first.status == 1 and "Accuracy" not in first.out
     assert "chunk 1 of 2" in first.err and "n2.jpg does not exist" in first.err and "Traceback" not in first.err
     assert "nothing was scored" in first.err and "start the same command again" in first.err
-    assert not {"merge.jsonl", "merge.score.json", "testdev_balanced_predictions.json"} & result["files"]
+    assert not {"merge.jsonl", "merge.score.json", "testdev_balanced_predictions.json"} & repaired["files"]
     assert second.status == 0 and "Accuracy" in second.out, second.err
-    rows = read_lines(result["answers"] / "merge.jsonl")
-    assert len(result["kept"]) == 4 and all(row in rows for row in result["kept"])
+    rows = read_lines(repaired["answers"] / "merge.jsonl")
+    assert len(repaired["kept"]) == 4 and all(row in rows for row in repaired["kept"])
 
 
-@ends_in("missing_image")
-def test_two_chunks_give_the_answers_and_score_of_one(result, pool):
-    assert "2 processes; logs: " in result["second"].out and "joined 2 chunks" in result["second"].out
-    alone = pool("llava1_5/gqa").result()["out"] / GQA_RUN / MODEL.name
+def test_two_chunks_give_the_answers_and_score_of_one(repaired, tmp_path):
+    assert "2 processes; logs: " in repaired["second"].out and "joined 2 chunks" in repaired["second"].out
+    alone = run_benchmark("llava1_5", "gqa", tmp_path)["out"] / GQA_RUN / MODEL.name
     texts = [
         [(row["question_id"], row["text"]) for row in read_lines(folder / "merge.jsonl")]
-        for folder in (alone, result["answers"])
+        for folder in (alone, repaired["answers"])
     ]
     assert texts[0] == texts[1] and len(texts[0]) == 6
-    scores = [json.loads((folder / "merge.score.json").read_text()) for folder in (alone, result["answers"])]
+    scores = [json.loads((folder / "merge.score.json").read_text()) for folder in (alone, repaired["answers"])]
     assert scores[0] == scores[1]
-    assert {path.name for path in result["answers"].glob("merge.2_*")} == {
+    assert {path.name for path in repaired["answers"].glob("merge.2_*")} == {
         f"merge.2_{index}.{kind}" for index in (0, 1) for kind in ("jsonl", "run.json", "log")
     }
 
 
-@scenario
-def killed(folder: Path) -> dict:
-    """SIGKILL for the script and all its processes after some answers; second start."""
-    data = write_miniature(folder / "eval")
+def test_a_killed_run_goes_on_and_answers_nothing_twice(data):
     questions = data / "gqa/llava_gqa_testdev_balanced.jsonl"
     rows = read_lines(questions)
     # Repeated under other ids, so that the run is still going on when it is killed; those are not scored.
@@ -240,16 +190,12 @@ def killed(folder: Path) -> dict:
     kill_group(process)
     process.communicate()
     kept = [json.loads(line) for line in answers.read_bytes().split(b"\n")[:5]]
-    return {"kept": kept, "second": run_script("llava1_5/gqa", data), "answers": answers, "asked": many}
-
-
-@ends_in("killed")
-def test_a_killed_run_goes_on_and_answers_nothing_twice(result):
-    assert result["second"].status == 0, result["second"].err
-    rows = read_lines(result["answers"])
-    assert [row["question_id"] for row in rows] == [row["question_id"] for row in result["asked"]]
-    assert rows[:5] == result["kept"] and len({row["answer_id"] for row in rows}) == len(rows)
-    assert "Accuracy" in result["second"].out
+    second = run_script("llava1_5/gqa", data)
+    assert second.status == 0, second.err
+    rows = read_lines(answers)
+    assert [row["question_id"] for row in rows] == [row["question_id"] for row in many]
+    assert rows[:5] == kept and len({row["answer_id"] for row in rows}) == len(rows)
+    assert "Accuracy" in second.out
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 120) -> None:
@@ -261,50 +207,34 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: 
         time.sleep(0.02)
 
 
-@scenario
-def limited(folder: Path) -> dict:
-    """--limit."""
-    data = write_miniature(folder / "eval")
+def test_a_limited_run_is_not_scored(data):
     outcome = run_script("llava1_5/textvqa", data, "--limit", "2", TOKENS=64, OCR=0)
-    return {"outcome": outcome, "data": data}
-
-
-@ends_in("limited")
-def test_a_limited_run_is_not_scored(result):
-    assert result["outcome"].status == 0 and "not scored: --limit" in result["outcome"].out, result["outcome"].err
-    rows = read_lines(result["data"] / f"textvqa/answers/{MODEL.name}-apet-64-ocr0.jsonl")
+    assert outcome.status == 0 and "not scored: --limit" in outcome.out, outcome.err
+    rows = read_lines(data / f"textvqa/answers/{MODEL.name}-apet-64-ocr0.jsonl")
     assert len(rows) == 2 and "OCR" not in rows[0]["prompt"]
-    assert list(result["data"].rglob("*.score.json")) == []
+    assert list(data.rglob("*.score.json")) == []
 
 
-@scenario
-def other_settings(folder: Path) -> dict:
-    """A second run under the name of another, and one whose answers another process is writing."""
-    first = run_script("llava1_5/gqa", write_miniature(folder / "eval"))
-    answers = folder / "eval" / GQA_RUN / MODEL.name
-    second = run_script("llava1_5/gqa", folder / "eval", "--visual_token_num", "48")
+def test_answers_of_other_settings_and_of_a_running_script_are_left_alone(data):
+    assert run_script("llava1_5/gqa", data).status == 0
+    answers = data / GQA_RUN / MODEL.name
+    second = run_script("llava1_5/gqa", data, "--visual_token_num", "48")
+    assert second.status == 1 and "other settings" in second.err
+    assert "EXPERIMENT=<name>" in second.err and "Accuracy" not in second.out
     holder = subprocess.Popen(
         [sys.executable, "-c", "import sys; from pathlib import Path; from apet.eval.file_lock import FileLock\n"
          "with FileLock(Path(sys.argv[1])): print(flush=True); input()", str(answers / "merge.jsonl")],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT,
     )  # fmt: skip
     holder.stdout.readline()
-    third = run_script("llava1_5/gqa", folder / "eval")
+    third = run_script("llava1_5/gqa", data)
     holder.communicate(b"\n")
-    fourth = run_script("llava1_5/gqa", folder / "eval", "--visual_token_num", "48", "--overwrite")
+    assert third.status == 1 and "another run is writing" in third.err
+    assert f"process {holder.pid} on " in third.err
+    fourth = run_script("llava1_5/gqa", data, "--visual_token_num", "48", "--overwrite")
+    assert fourth.status == 0 and "Accuracy" in fourth.out, fourth.err
     record = json.loads((answers / "merge.run.json").read_text())
-    return {"first": first, "second": second, "third": third, "holder": holder.pid, "fourth": fourth, "record": record}
-
-
-@ends_in("other_settings")
-def test_answers_of_other_settings_and_of_a_running_script_are_left_alone(result):
-    assert result["first"].status == 0
-    assert result["second"].status == 1 and "other settings" in result["second"].err
-    assert "EXPERIMENT=<name>" in result["second"].err and "Accuracy" not in result["second"].out
-    assert result["third"].status == 1 and "another run is writing" in result["third"].err
-    assert f"process {result['holder']} on " in result["third"].err
-    assert result["fourth"].status == 0 and "Accuracy" in result["fourth"].out, result["fourth"].err
-    assert result["record"]["settings"]["compression"]["visual_token_num"] == 48
+    assert record["settings"]["compression"]["visual_token_num"] == 48
 
 
 # --- command lines only -----------------------------------------------------------------------------------------------
@@ -341,9 +271,9 @@ def test_both_families_have_the_nine_scripts():
 @pytest.mark.parametrize(("family", "name"), SCRIPTS, ids="/".join)
 def test_a_script_names_its_family_a_known_benchmark_and_modules(family, name):
     path = ROOT / f"scripts/{family}/{name}.sh"
-    assert path.stat().st_mode & stat.S_IXUSR and (ROOT / f"scripts/_benchmarks/{name}.sh").is_file()
-    assert f"run_benchmark {family} {name} " in path.read_text()
-    assert len(path.read_text().splitlines()) < 10
+    assert path.stat().st_mode & stat.S_IXUSR and name in FAMILIES[family].benchmarks
+    assert f"eval {family} {name} " in path.read_text()
+    assert len(path.read_text().splitlines()) == 2
     steps = commands(f"{family}/{name}")
     answering = next(command for command in steps if "--answers-file" in command)
     get_benchmark(flag(answering, "--benchmark") if "--benchmark" in answering else "scienceqa")
@@ -387,7 +317,7 @@ def test_published_budgets(family, name):
 
 def test_the_published_accounting_has_the_published_flags():
     command = commands("llava1_6/pope", COMPAT="published")[0]
-    assert flag(command, "--image_token_list") == "[64]" and flag(command, "--compat") == "published"
+    assert flag(command, "--image_token_list") == "[64]" and flag(command, "--apet") == "compat=published"
 
 
 def test_everything_comes_from_the_environment():
@@ -454,7 +384,7 @@ def test_chunks_and_their_gpus(gpus, chunks, expected):
         ((), {"TOKENS": "63"}, ["TOKENS=63", "192, 128, 64, or none"]),
         ((), {"CHUNKS": "0"}, ["CHUNKS=0"]),
         ((), {"MODEL": "data/model/nowhere"}, ["checkpoint not found: data/model/nowhere", "data/README.md"]),
-        ((), {"DATA": "/nowhere"}, ["/nowhere/textvqa/llava_textvqa_val_v051_ocr.jsonl", "check_data.py"]),
+        ((), {"DATA": "/nowhere"}, ["/nowhere/textvqa/llava_textvqa_val_v051_ocr.jsonl", "apet check-data"]),
         ((), {"OCR": "yes"}, ["OCR=yes"]),
         (("--answers_file", "x"), {}, ["--answers_file", "EXPERIMENT"]),
         (("--question-file=x",), {}, ["--question-file", "SPLIT"]),

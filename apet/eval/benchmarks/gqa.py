@@ -8,7 +8,7 @@ they read 0.00%, as in every published run without them. The number papers quote
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from apet.eval.benchmarks.files import (
     require_keys,
     write_json_atomic,
 )
-from apet.eval.metrics import exact_match
+from apet.eval.metrics import exact_match, percent
 
 _QUESTION_KEYS = ("question", "answer", "isBalanced", "types", "semantic", "groups")
 _NOT_A_STEP = ("exist", "query: name", "choose name")
@@ -113,20 +113,15 @@ def _by(balanced: Mapping[str, Any], correct: Mapping[str, float], group: Callab
     members: dict[Any, list[float]] = defaultdict(list)
     for key, row in balanced.items():
         members[group(row)].append(correct[key])
-    return {str(k): {"accuracy": _percent(members[k]), "questions": len(members[k])} for k in sorted(members)}
-
-
-def _percent(values: Iterable[float]) -> float | None:
-    values = list(values)
-    return 100 * sum(values) / len(values) if values else None
+    return {str(k): {"accuracy": percent(members[k]), "questions": len(members[k])} for k in sorted(members)}
 
 
 def _summary(balanced: Mapping[str, Any], correct: Mapping[str, float], predicted: Mapping[str, str]) -> dict[str, Any]:
     is_open = {key: row["types"]["structural"] == "query" for key, row in balanced.items()}
     return {
-        "Binary": _percent(correct[key] for key in balanced if not is_open[key]),
-        "Open": _percent(correct[key] for key in balanced if is_open[key]),
-        "Accuracy": _percent(correct.values()),
+        "Binary": percent(correct[key] for key in balanced if not is_open[key]),
+        "Open": percent(correct[key] for key in balanced if is_open[key]),
+        "Accuracy": percent(correct.values()),
         "Validity": 0.0,
         "Plausibility": 0.0,
         "Distribution": _distribution(balanced, predicted),

@@ -8,13 +8,13 @@ reported (the server asks an LLM about them).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from apet.eval.benchmarks.base import OPTION_LETTER, Benchmark, Question, Score, register
 from apet.eval.benchmarks.files import PathLike, index_unique, listing, read_jsonl, replacing, require_complete
 from apet.eval.benchmarks.mmbench_table import LETTERS, options_of, read_table
-from apet.eval.metrics import mmbench_letter
+from apet.eval.metrics import mean, mmbench_letter
 
 _SINGLE_PRED = {"en": OPTION_LETTER, "cn": "请直接回答选项字母。"}
 _PASS = 1_000_000  # index distance between the passes of a question
@@ -88,8 +88,8 @@ class MmBench(Benchmark):
         for key, index in asked.items():
             circular[index % _PASS] = min(correct[key], circular.get(index % _PASS, 1.0))
         details = {
-            "circular": _mean(circular.values()),
-            "plain": _mean(correct.values()),
+            "circular": mean(circular.values()),
+            "plain": mean(correct.values()),
             "rows": len(correct),
             "unparsable": sum(letter is None for letter in letters.values()),
             **_groups(rows, circular),
@@ -150,12 +150,7 @@ def _groups(rows: Mapping[int, Mapping[str, str]], circular: Mapping[int, float]
         for column in ("category", "l2-category"):
             if column in first[base]:
                 tables.setdefault(column, {}).setdefault(first[base][column], []).append(circular[base])
-    return {column: {name: _mean(table[name]) for name in sorted(table)} for column, table in tables.items()}
-
-
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+    return {column: {name: mean(table[name]) for name in sorted(table)} for column, table in tables.items()}
 
 
 def _report(details: Mapping[str, Any], n_questions: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from apet.eval.benchmarks.base import Benchmark, Score, register
@@ -16,7 +16,7 @@ from apet.eval.benchmarks.files import (
     require_keys,
     write_text_atomic,
 )
-from apet.eval.metrics import exact_match
+from apet.eval.metrics import exact_match, percent
 
 _KEYS = ("question_id", "answer", "question_type_id", "data_type")
 
@@ -42,7 +42,7 @@ class Seed(Benchmark):
         by_type = _by(questions, correct, "question_type_id")
         by_data = _by(questions, correct, "data_type")
         types = {name: by_type[number] for name, number in names.items() if number in by_type}
-        total = _percent(correct.values())
+        total = percent(correct.values())
         lines = [f"{name}: {value:.2f}%" for name, value in types.items()]
         lines.append(f"Total accuracy: {total:.2f}%")
         for data in ("image", "video"):
@@ -87,9 +87,4 @@ def _by(questions: Mapping[str, Mapping[str, Any]], correct: Mapping[str, float]
     groups: dict[Any, list[float]] = defaultdict(list)
     for key, row in questions.items():
         groups[row[column]].append(correct[key])
-    return {group: _percent(values) for group, values in groups.items()}
-
-
-def _percent(values: Iterable[float]) -> float:
-    values = list(values)
-    return 100 * sum(values) / len(values)
+    return {group: percent(values) for group, values in groups.items()}

@@ -19,7 +19,7 @@ from apet.eval.benchmarks.files import (
     require_keys,
     user_path,
 )
-from apet.eval.metrics import soft_accuracy, vqa_normalize, vqa_process_digit_article, vqa_process_punctuation
+from apet.eval.metrics import percent, soft_accuracy, vqa_normalize, vqa_process_digit_article, vqa_process_punctuation
 
 FULL_TEST = "llava_vqav2_mscoco_test2015.jsonl"
 _BREAKDOWNS = {"perQuestionType": "question_type", "perAnswerType": "answer_type"}
@@ -69,13 +69,13 @@ class VqaV2(Benchmark):
         predicted = _read_predictions(result_file, duplicates)
         require_complete(annotations, predicted, result_file, annotation_file)
         per_sample = {key: _accuracy(predicted[key], row["answers"]) for key, row in annotations.items()}
-        overall = _percent(per_sample.values())
+        overall = round(percent(per_sample.values()), 2)
         details: dict[str, Any] = {"overall": overall}
         for name, column in _BREAKDOWNS.items():
             groups = defaultdict(list)
             for key, row in annotations.items():
                 groups[row[column]].append(per_sample[key])
-            details[name] = {group: _percent(values) for group, values in groups.items()}
+            details[name] = {group: round(percent(values), 2) for group, values in groups.items()}
         return Score(
             name=self.name,
             metric="accuracy",
@@ -131,11 +131,6 @@ def _one_line(text: str) -> str:
 
 def _normal_form(text: str) -> str:
     return vqa_process_digit_article(vqa_process_punctuation(text))
-
-
-def _percent(values: Iterable[float]) -> float:
-    values = list(values)
-    return round(100 * sum(values) / len(values), 2)
 
 
 def _report(details: Mapping[str, Any], n_questions: int) -> str:

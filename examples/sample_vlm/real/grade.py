@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 import apet
 from apet.adapters import host
 from apet.compare.bootstrap import Outcome, interval, resampled_scores
+from apet.compare.published import agreement
 from apet.methods import get_method
 from examples.sample_vlm import questions as q
 from examples.sample_vlm.real.ask import budget
@@ -62,6 +63,7 @@ def main(args: argparse.Namespace) -> None:
             file.write(json.dumps(rows[-1]) + "\n")
         print(f"{number + 1} of {args.pictures} pictures", flush=True)
     print(table(rows[: args.pictures]))
+    print(published_order(rows[: args.pictures], args.tokens))
 
 
 def independent_of_questions(model: nn.Module, method: str, tokens: int) -> apet.ApetConfig:
@@ -127,6 +129,26 @@ def asked_together(
     return logits, [torch.tensor(reply) for reply in replies], [torch.searchsorted(read, own) for own in places]
 
 
+def published_order(rows: Sequence[dict], tokens: int) -> str:
+    """How the exam orders the methods, against published results with LLaVA-1.5-7B."""
+    names, scores = list(rows[0]["right"]), _resampled(rows)
+    none = names.index(NONE)
+    full = 100 * np.mean(_of(rows, NONE, None))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        resamples = dict(zip(names, 100 * scores / scores[none], strict=True))
+    percents = {name: 100 * 100 * np.mean(_of(rows, name, None)) / full for name in names} if full else {}
+    found = agreement(tokens, percents, resamples)
+    return "" if found is None else str(found)
+
+
+def _resampled(rows: Sequence[dict]) -> np.ndarray:
+    """(methods, resamples) percent right, where whole pictures are drawn."""
+    pictures = tuple(str(number) for number, row in enumerate(rows) for _ in row["types"])
+    ids = tuple(map(str, range(len(pictures))))
+    right = [np.array(_of(rows, name, None), dtype=float) for name in rows[0]["right"]]
+    return resampled_scores("exam", [Outcome(ids, one, pictures=pictures) for one in right])
+
+
 def table(rows: Sequence[dict]) -> str:
     """Percent right per type, and over all with the 95 % intervals of `apet.compare`, which draws whole pictures."""
     names = list(rows[0]["right"])
@@ -134,10 +156,7 @@ def table(rows: Sequence[dict]) -> str:
     for kind in sorted({kind for row in rows for kind in row["types"]}):
         lines.append(_line(kind, [_of(rows, name, kind) for name in names]))
     lines.append(_line("all", [_of(rows, name, None) for name in names]))
-    pictures = tuple(str(number) for number, row in enumerate(rows) for _ in row["types"])
-    ids = tuple(map(str, range(len(pictures))))
-    outcomes = [Outcome(ids, np.array(_of(rows, name, None), dtype=float), pictures=pictures) for name in names]
-    scores = resampled_scores("exam", outcomes)
+    scores = _resampled(rows)
     for title, values in (("95 %", scores), ("minus none", scores - scores[names.index(NONE)])):
         bounds = [f"{low:.1f} .. {high:.1f}" for low, high in map(interval, values)]
         lines.append(f"| {title} | | " + " | ".join(bounds) + " |")

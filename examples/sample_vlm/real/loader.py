@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from apet.eval.benchmarks import Question
 from apet.eval.scoring_cli import Parser
-from llava.eval.answerer import GenerationSettings, LlavaPreparer
+from llava.eval.answerer import LlavaPreparer
 from llava.eval.apet_loader import LoadedLlava
+from llava.eval.generation import GenerationSettings
 from llava.eval.program import add_model_flags, load_model
 
 

@@ -1,8 +1,10 @@
 """Prompts and pixels of the Hugging Face families, from the checkpoint's tokenizer, chat template and image processor.
 
-transformers' processors of these families need torchvision even for images. What they do around the image processor,
-expanding placeholders and laying out videos, is done here instead, on PIL pictures, so that answers do not depend on
-whether torchvision is there.
+The chat template is applied by transformers; what its processors do next (`AutoProcessor`: expand placeholders, lay out
+tiles and videos) is done here, on PIL pictures. Without torchvision transformers (5.24) builds no processor of these
+families, not even for images, so without this package nothing could be asked there, and with it answers do not depend
+on whether torchvision is there. tests/llava/test_processors_needed.py shows that it is needed,
+tests/llava/test_processors_match.py that prompts and pixels are transformers'.
 """
 
 from typing import Any

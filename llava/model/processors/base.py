@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from apet import ApetConfig
-from apet.adapters.vision import budget_for
+from apet.adapters.stages import budget_for
 from apet.eval.prompts import around_images
 from llava.conversation import new_conversation
 
@@ -59,6 +59,11 @@ class Inputs:
     visual: tuple[int, ...] = ()
     room: int | None = None
     draw: str = ""
+
+    @property
+    def has_image(self) -> bool:
+        """Whether the prompt shows an image or a video."""
+        return self.pictures > 0
 
 
 @dataclass(frozen=True)

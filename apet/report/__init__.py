@@ -1,0 +1,1 @@
+"""Compare scored runs: ``apet report DIR...`` prints one table of scores, tokens and speed."""

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Tests ApET inside a real lmms-eval, in an environment of its own (.venv/lmms-eval, made on first use):
+#
+#   bash scripts/test_lmms_eval.sh [pytest arguments]
+#
+# APET_VENV names another environment, or "none" for the active one.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/_env.sh
+export APET_VENV=${APET_VENV:-.venv/lmms-eval}
+apet_env test lmms-eval
+exec "$PYTHON" -m pytest -q -p no:cacheprovider tests/harness "$@"

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Tests what is looked at in a browser, in an environment of its own (.venv/pages, made on first use): the demo in a
+# headless Chromium (Debian: apt-get install chromium), the documentation site, the notebook.
+#
+#   bash scripts/test_pages.sh [pytest arguments]
+#
+# APET_VENV names another environment, or "none" for the active one.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/_env.sh
+export APET_VENV=${APET_VENV:-.venv/pages}
+apet_env test demo docs
+exec "$PYTHON" -m pytest -q -p no:cacheprovider tests/demo tests/docs "$@"
