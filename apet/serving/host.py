@@ -17,7 +17,7 @@ Names = dict[str, dict[str, tuple[str, ...]]]
 
 ENGINE: Names = {
     "vllm": {"ModelRegistry.register_model": ("model_arch", "model_cls")},
-    "vllm.config": {"VllmConfig.try_verify_and_update_config": ()},
+    "vllm.config": {"VllmConfig.try_verify_and_update_config": (), "VllmConfig.use_v2_model_runner": ()},
     "vllm.config.ec_manager_config": {"EncoderCacheManagerConfig": ("encoder_cache_manager_cls",)},
     "vllm.model_executor.models.registry": {"_ModelRegistry.inspect_model_cls": ("architectures", "model_config")},
     "vllm.multimodal": {
@@ -39,6 +39,7 @@ ENGINE: Names = {
         "EncoderCacheManager.get_freed_mm_hashes": (),
         "EncoderCacheManager.reset": (),
     },
+    "vllm.platforms": {"current_platform.is_cpu": ()},
     "vllm.version": {"__version__": ()},
 }  # fmt: skip
 
@@ -47,7 +48,6 @@ _MAX = ("seq_len", "mm_counts")
 _UPDATES = ("mm_items", "hf_processor_mm_kwargs", "out_mm_kwargs")
 _POSITIONS = ("input_ids", "multimodal_embeddings", "mrope_positions", "num_computed_tokens")
 _MROPE: Names = {
-    "vllm.platforms": {"current_platform.is_cpu": ()},
     "vllm.utils.gpu_sync_debug": {"gpu_sync_allowed": ()},
     "vllm.v1.worker.cpu_model_runner": {"CPUModelRunner.load_model": ()},
 }
@@ -182,6 +182,13 @@ def prove(family: str) -> None:
                 raise UnknownVllmError(f"{module} does not load ({error})") from None
             for name, arguments in listed.items():
                 _check(found, module, name, arguments)
+
+
+def on_cpu() -> bool:
+    """Whether this vLLM runs on CPUs."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
 
 
 def _check(module: Any, path: str, name: str, arguments: tuple[str, ...]) -> None:

@@ -83,6 +83,7 @@ def _objections(vllm_config: Any) -> list[tuple[bool, str]]:
     lora, multimodal = vllm_config.lora_config, vllm_config.model_config.multimodal_config
     rate = None if multimodal is None else multimodal.video_pruning_rate
     manager = vllm_config.ec_manager_config.encoder_cache_manager_cls
+    workers = vllm_config.parallel_config.tensor_parallel_size
     return [
         (
             lora is not None and lora.enable_tower_connector_lora,
@@ -102,6 +103,12 @@ def _objections(vllm_config: Any) -> list[tuple[bool, str]]:
         (
             vllm_config.compilation_config.cudagraph_mm_encoder,
             "an encoder in CUDA graphs (cudagraph_mm_encoder) goes around the compression; leave it out",
+        ),
+        (
+            # Its workers were seen to die there in the middle of a request.
+            workers > 1 and host.on_cpu() and vllm_config.use_v2_model_runner,
+            f"on a CPU, {workers} workers that share every layer (--tensor-parallel-size {workers}) run with vLLM's "
+            "first model runner only; set VLLM_USE_V2_MODEL_RUNNER=0",
         ),
     ]
 

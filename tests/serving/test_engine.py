@@ -155,6 +155,7 @@ def test_greedy_answers_equal_those_of_the_transformers_patch(folders, name, set
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core for each of two workers")
 def test_two_workers_that_share_every_layer_answer_the_same(folders, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, sorted(os.sched_getaffinity(0))[:2])))
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     settings = {"visual_token_num": 16}
     reference = Reference(folders["next"], settings)
     with engine(folders["next"], settings, limit_mm_per_prompt={"image": 2}, tensor_parallel_size=2) as llm:
@@ -294,6 +295,13 @@ def test_a_bad_configuration_is_refused(folders, name, settings, says):
     arguments = EngineArgs(str(folders[name]), additional_config={"apet": settings}, **SMALL)
     with pytest.raises(ValueError, match=says):
         arguments.create_engine_config()
+
+
+def test_several_workers_with_the_second_model_runner_are_refused_on_a_cpu(folders, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    options = {"additional_config": {"apet": {"visual_token_num": 64}}, "tensor_parallel_size": 2}
+    with pytest.raises(ValueError, match="first model runner only; set VLLM_USE_V2_MODEL_RUNNER=0"):
+        EngineArgs(str(folders["next"]), **options, **SMALL).create_engine_config()
 
 
 def test_settings_reach_the_model_and_only_where_they_are_given(folders):
