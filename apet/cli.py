@@ -45,7 +45,7 @@ GROUPS: Mapping[str, Mapping[str, Command]] = {
     },
     "use": {
         "serve": Command("apet.serving.cli", "serve a checkpoint with vLLM behind the OpenAI API"),
-        "demo": Command("apet.demo", "ask about a picture in the browser, with and without compression"),
+        "demo": Command("apet.demo.__main__", "ask about a picture in the browser, with and without compression"),
         "vis": Command("apet.vis.__main__", "draw which tokens of a picture a method keeps"),
     },
 }

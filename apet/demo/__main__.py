@@ -1,4 +1,4 @@
-"""The command line: ``python -m apet.demo``."""
+"""The command line: ``apet demo``."""
 
 import argparse
 import importlib.util
@@ -16,13 +16,16 @@ _DATA = Path(__file__).resolve().parents[2] / "data/sample"
 _SAMPLE = _DATA / "model/llava-v1.5-sample"
 _EXAMPLES = 4
 _PROMPT = "Answer the question using a single word or phrase."
+_FLAGS = """examples:
+  apet demo
+  apet demo --model-path data/model/llava-v1.5-7b --port 7860"""
 
 
 def parser(loader: ModuleType | None = None) -> Parser:
     """The program's flags, with those of the module that loads checkpoints."""
     flags = Parser(
-        prog="python -m apet.demo", description="A web page to try compression on one's own pictures.",
-        allow_abbrev=False,
+        prog="apet demo", usage="apet demo [options]", allow_abbrev=False, epilog=_FLAGS,
+        description="A web page to try compression on one's own pictures; without --model-path on the sample model.",
     )  # fmt: skip
     flags.add_argument("--port", type=int, default=None, help="on 127.0.0.1 (default: the first free one from 7860 on)")
     add_loader_flag(flags)

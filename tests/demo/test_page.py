@@ -34,7 +34,7 @@ def address():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "apet.demo", "--device", "cpu", "--port", str(port)]
+    command = [sys.executable, "-m", "apet", "demo", "--device", "cpu", "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
         try:
             line = server.stdout.readline()
