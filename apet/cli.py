@@ -5,10 +5,12 @@ neither torch nor transformers.
 """
 
 import difflib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 
 import apet
 
@@ -91,5 +93,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         print(f"apet: error: unknown command {name!r}{hint}; choose {', '.join(COMMANDS)}", file=sys.stderr)
         return 2
+    _see_checkout()
     command = COMMANDS[name]
     return import_module(command.module).main([*command.words, *rest])
+
+
+def _see_checkout() -> None:
+    """Let commands and the programs they start import what lies beside `apet` in a checkout.
+
+    An installation that points to the checkout (`pip install -e .`) makes `apet` alone importable from elsewhere.
+    """
+    root = Path(__file__).resolve().parents[1]
+    if (root / "llava/eval/apet_loader.py").is_file() and str(root) not in sys.path:
+        sys.path.append(str(root))
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(root)]))

@@ -62,6 +62,27 @@ def test_flags_of_eval_are_the_variables_of_the_scripts(capsys, monkeypatch):
     assert "--model-path owner/given " in answering and "/given-random-64.jsonl" in answering
 
 
+def test_a_checkout_that_is_not_the_working_folder_has_its_loader(tmp_path):
+    """As with `pip install -e .`, where `apet` alone is found and programs are started from anywhere."""
+    (tmp_path / "apet").symlink_to(ROOT / "apet")
+    code = """
+import subprocess, sys
+from apet import cli
+cli.import_module = lambda name: sys.modules[__name__]
+def main(words):
+    from apet.eval.loader import loader_names
+    print(loader_names(), flush=True)
+    code = "import llava.constants as one; print(one.IMAGE_TOKEN_INDEX)"
+    return subprocess.run([sys.executable, "-c", code]).returncode
+sys.exit(cli.main(["eval"]))
+"""
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", env={"PATH": os.environ["PATH"], "PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert shown.stdout.split() == ["['llava.eval.apet_loader']", "-200"], shown.stderr
+
+
 def test_a_family_has_only_its_benchmarks(capsys):
     assert main(["eval", "video_llava", "gqa", "--dry-run"]) == 1
     assert "video_llava has no gqa; choose activitynet" in capsys.readouterr().err

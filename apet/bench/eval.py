@@ -26,7 +26,7 @@ from apet.eval.runner import run as answer_questions
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of this command, and those of the module that loads checkpoints."""
     parser.add_argument("--data", default="data/sample/eval", help="folder of the benchmarks, see data/README.md")
-    parser.add_argument("--benchmark", default="gqa")
+    parser.add_argument("--benchmark", default="gqa", help="whose questions are answered")
     parser.add_argument("--limit", type=int, default=100, help="only the first so many questions")
     parser.add_argument("--tokens", default="64", help="budgets, averaged over the layers, separated by commas")
     parser.add_argument("--methods", default="apet", help="beside none and random, separated by commas")

@@ -45,7 +45,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text_tokens", type=int, default=64, help="text tokens of a prompt")
     parser.add_argument("--methods", default="apet", help="beside none and random, separated by commas")
     parser.add_argument("--batch", default="1", help="batch sizes, separated by commas")
-    parser.add_argument("--attn_implementation", default="sdpa")
+    parser.add_argument("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
     parser.add_argument("--no_published", action="store_true", help="leave out the published pipeline")
 
 

@@ -40,7 +40,7 @@ class Clip:
 
 
 def find_video(path: str | Path) -> Path:
-    """The file itself, or the first of `EXTENSIONS` that makes it one.
+    """The file itself, or the file with the first of `EXTENSIONS` that there is.
 
     Raises:
         ImageError: There is none.
@@ -65,7 +65,7 @@ def read_clip(path: str | Path, count: int) -> Clip:
         count: Frames wanted.
 
     Raises:
-        ImageError: No file, a file without a picture in it, or one that cannot be decoded to its end.
+        ImageError: No file, a file without a picture in it, one that was cut off, or one that cannot be decoded.
         ImportError: PyAV is missing.
     """
     if importlib.util.find_spec("av") is None:
@@ -81,7 +81,7 @@ def read_clip(path: str | Path, count: int) -> Clip:
 
 @lru_cache(maxsize=4)
 def _read(file: Path, count: int, _changed: int) -> Clip:
-    """As `read_clip`; remembered, because questions about one video follow each other."""
+    """`read_clip` of a file; clips are remembered, because questions about one video follow each other."""
     import av
 
     try:

@@ -142,13 +142,13 @@ class LlavaAnswerer(ModelAnswerer):
         return inputs | {"images": pixels, "image_sizes": sizes}
 
     def complete_inputs(self, loaded: LoadedBatch) -> Mapping[str, Any]:
-        """With what the vision tower gives, where it is looked up."""
+        """Arguments of `generate`; where the tower's output is looked up, it takes the place of the pixels."""
         if self._features is None or not any(one.has_image for one in loaded.prepared):
             return loaded.inputs
         return {**loaded.inputs, "images": self._features.encode(self.model, loaded.prepared)}
 
     def own_settings(self) -> Mapping[str, Any]:
-        """What the config says about images, and which weights the bundled sample has."""
+        """How images are prepared, and which weights the bundled sample has."""
         config = self.model.config
         return {name: getattr(config, name, None) for name in ("image_aspect_ratio", "sample_weights")}
 

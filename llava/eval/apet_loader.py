@@ -32,7 +32,7 @@ BEHIND_TOWER = {"text_embeddings", "vision_features"}
 
 
 def add_flags(parser: Parser) -> None:
-    """Checkpoint, prompt and decoding."""
+    """Add the flags of checkpoint, prompt and decoding."""
     add_model_flags(parser)
     add_decoding_flags(parser, 0.0, 128, "vicuna_v1")
 
@@ -113,7 +113,7 @@ class LoadedFamily:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Not one for all images.
+        """There is no grid that all images share.
 
         Raises:
             ValueError: Always.
@@ -133,5 +133,5 @@ class LoadedFamily:
         return self._preparer.prompt_length(question)
 
     def seen(self, prepared: Inputs) -> np.ndarray:
-        """As `grid`."""
+        """There is no picture in the shape of a grid, for the reason that `grid` gives."""
         raise ValueError(f"{self._path} has no fixed grid of tokens; pictures of them are drawn for LLaVA-1.5 only")

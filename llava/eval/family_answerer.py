@@ -66,7 +66,7 @@ class FamilyPreparer:
 
     @property
     def tokenizer(self) -> Any:
-        """Of the checkpoint."""
+        """The checkpoint's tokenizer."""
         return self.processor.tokenizer
 
     def prompt_length(self, question: Question) -> int:
@@ -84,18 +84,18 @@ class FamilyAnswerer(ModelAnswerer):
     echoes = True
 
     def upload_inputs(self, prepared: Sequence[Inputs], upload: Upload) -> dict[str, Tensor]:
-        """What the processor joins the prompts and their pictures to."""
+        """The inputs that the processor makes of prompts and pictures."""
         return {
             name: upload(value, self.model.dtype if name.startswith("pixel_values") else None)
             for name, value in self.preparer.processor.collate(prepared).items()
         }
 
     def own_settings(self) -> Mapping[str, Any]:
-        """What the processor says about itself, and the frames of a video."""
+        """The settings of the processor, and how many frames of a video are shown."""
         return {**self.preparer.processor.settings(), "num_frames": self.preparer.frames}
 
     def settings(self) -> Mapping[str, Any]:
-        """With the repetition penalty, which stays the checkpoint's."""
+        """Everything that can change an answer; the repetition penalty among it, which stays the checkpoint's."""
         shared = super().settings()
         penalty = {"repetition_penalty": self.model.generation_config.repetition_penalty}
         return {**shared, "generation": shared["generation"] | penalty}

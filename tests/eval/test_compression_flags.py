@@ -5,6 +5,8 @@ import importlib
 import pytest
 
 from apet import ApetConfig
+from apet.bench.__main__ import COMMANDS
+from apet.bench.__main__ import parser as bench_parser
 from apet.eval.cli import add_compression_flags, config_from_flags
 from apet.eval.scoring_cli import Parser
 
@@ -64,3 +66,8 @@ def test_every_field_of_the_configuration_can_be_given():
 def test_every_flag_has_a_help(module):
     actions = importlib.import_module(module).parser()._actions
     assert [action.dest for action in actions if not action.help] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_of_the_bench_has_a_help(command):
+    assert [action.dest for action in bench_parser(command)._actions if not action.help] == []

@@ -15,7 +15,7 @@ class InternVLProcessor(FamilyProcessor):
 
     @classmethod
     def load_image_processor(cls, path: str) -> GotOcr2ImageProcessorPil:
-        """Of the checkpoint."""
+        """The checkpoint's image processor."""
         return GotOcr2ImageProcessorPil.from_pretrained(path)
 
     def marker(self, video: bool) -> str:
@@ -23,22 +23,22 @@ class InternVLProcessor(FamilyProcessor):
         return getattr(self.tokenizer, "video_token", _VIDEO) if video else super().marker(video)
 
     def placeholder_id(self, video: bool) -> int:
-        """The same for images and frames."""
+        """The id of a visual token, which is the same for images and frames."""
         return self.config.image_token_id
 
     @property
     def fewest_tokens(self) -> int:
-        """Those of a tile."""
+        """Visual tokens of the smallest image, which is shown as one tile."""
         return self._tile
 
     def encode_images(self, images: Sequence[Image]) -> Encoded:
-        """A run of placeholders for all tiles of an image."""
+        """Each marker of an image becomes one run of placeholders for all of its tiles."""
         given = self.image_processor(images=list(images), crop_to_patches=True, return_tensors="pt")
         tiles = [int(count) for count in given["num_patches"]]
         return Encoded([self._run(count) for count in tiles], {"pixel_values": given["pixel_values"]})
 
     def encode_clip(self, clip: Clip) -> Encoded:
-        """A numbered line per frame."""
+        """The marker of the video becomes a numbered line for every frame."""
         given = self.image_processor(images=list(clip.frames), crop_to_patches=False, return_tensors="pt")
         lines = [f"Frame{number}: {self._run(1)}" for number in range(1, len(clip.frames) + 1)]
         return Encoded(["\n".join(lines)], {"pixel_values": given["pixel_values"]})
@@ -52,6 +52,6 @@ class InternVLProcessor(FamilyProcessor):
 
     @property
     def _tile(self) -> int:
-        """Tokens of a tile."""
+        """Visual tokens of a tile."""
         vision = self.config.vision_config
         return int(vision.image_size[0] // vision.patch_size[0] * self.config.downsample_ratio) ** 2

@@ -17,16 +17,16 @@ class LlavaOnevisionProcessor(FamilyProcessor):
 
     @classmethod
     def load_image_processor(cls, path: str) -> LlavaOnevisionImageProcessorPil:
-        """Of the checkpoint."""
+        """The checkpoint's image processor."""
         return LlavaOnevisionImageProcessorPil.from_pretrained(path)
 
     @property
     def fewest_tokens(self) -> int:
-        """Those of the overview."""
+        """Visual tokens of the overview, the least that an image has."""
         return self._side**2
 
     def encode_images(self, images: Sequence[Image.Image]) -> Encoded:
-        """Tokens of overview and unpadded tiles, each line of which ends in a newline token."""
+        """Each marker becomes placeholders for the overview and unpadded tiles, whose lines end in newline tokens."""
         given = self.image_processor(images=[list(images)], return_tensors="pt")
         sizes = given["image_sizes"].tolist()
         counts = [self._tiled(*size) for size in sizes] if len(images) == 1 else [self._side**2 + 1] * len(images)
@@ -35,7 +35,7 @@ class LlavaOnevisionProcessor(FamilyProcessor):
         return Encoded(runs, {"pixel_values": given["pixel_values"], "image_sizes": given["image_sizes"]})
 
     def encode_clip(self, clip: Clip) -> Encoded:
-        """Frames squeezed into the square of a tile; their tokens are pooled two by two."""
+        """Frames are squeezed into the square of a tile, and their tokens are pooled two by two."""
         side = self.config.vision_config.image_size
         frames = [frame.resize((side, side), Image.Resampling.BICUBIC) for frame in clip.frames]
         pixels = self.image_processor(images=[frames], return_tensors="pt")["pixel_values"][:, 0]

@@ -28,12 +28,12 @@ class QwenVLProcessor(FamilyProcessor):
 
     @classmethod
     def load_image_processor(cls, path: str) -> Qwen2VLImageProcessorPil:
-        """The same for all Qwen models."""
+        """The checkpoint's image processor; its class is the same for all Qwen models."""
         return Qwen2VLImageProcessorPil.from_pretrained(path)
 
     @property
     def factor(self) -> int:
-        """Side of a visual token in pixels."""
+        """Pixels along the side of the square that a visual token stands for."""
         return self.image_processor.patch_size * self.image_processor.merge_size
 
     @property
@@ -42,18 +42,18 @@ class QwenVLProcessor(FamilyProcessor):
         return self.image_processor.size["shortest_edge"], self.image_processor.size["longest_edge"]
 
     def limit(self, limits: Limits) -> None:
-        """256 to 2048 visual tokens where nothing is asked for."""
+        """Set the smallest and the largest image; where nothing is asked for, they have 256 and 2048 visual tokens."""
         low, high = (count * self.factor**2 for count in TOKENS)
         low, high = limits.min_pixels or min(low, limits.max_pixels or low), limits.max_pixels or high
         self.image_processor.size = {"shortest_edge": low, "longest_edge": max(low, high)}
 
     @property
     def fewest_tokens(self) -> int:
-        """As many as the smallest image needs."""
+        """Visual tokens of the smallest image."""
         return math.ceil(self.limits[0] / self.factor**2)
 
     def encode_images(self, images: Sequence[Image.Image]) -> Encoded:
-        """Per image a run of placeholders, one for each merged patch."""
+        """Each marker becomes a run of placeholders, one for each merged patch of its image."""
         low, high = (count * self.factor**2 for count in _LOADED_TOKENS)
         loaded = [_resized(image, smart_resize(image.height, image.width, self.factor, low, high)) for image in images]
         given = self.image_processor(images=loaded, return_tensors="pt")
@@ -62,7 +62,7 @@ class QwenVLProcessor(FamilyProcessor):
         return Encoded(runs, {"pixel_values": given["pixel_values"], "image_grid_thw": grid})
 
     def encode_clip(self, clip: Clip) -> Encoded:
-        """Frames two by two, the last one repeated where their number is odd."""
+        """Frames are laid out two by two; the last one is repeated where their number is odd."""
         frames = [*clip.frames, *clip.frames[-1:] * (len(clip.frames) % 2)]
         size = self.frame_size(len(frames), frames[0].height, frames[0].width)
         given = self.image_processor(
@@ -80,7 +80,7 @@ class QwenVLProcessor(FamilyProcessor):
         return Encoded([self.clip_text(clip, self._merged(grid)[0])], tensors)
 
     def decoder_tokens(self, compression: ApetConfig, visual: Sequence[int], frames: int | None) -> int:
-        """Tokens, not positions: those of M-RoPE count the side of a picture, not its area."""
+        """Tokens are counted, not positions: M-RoPE counts the side of a picture, not its area."""
         if frames is None:
             return sum(kept_counts(compression, visual))
         steps = -(-frames // 2)
@@ -89,7 +89,7 @@ class QwenVLProcessor(FamilyProcessor):
         return blocks * kept
 
     def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of a frame between the limits of the checkpoint's video processor."""
+        """(height, width) to which frames are resized, between the limits of the checkpoint's video processor."""
         low, high = self.video_limits
         return smart_resize(height, width, self.factor, low, high)
 
@@ -110,7 +110,7 @@ class QwenVLProcessor(FamilyProcessor):
         return low, high
 
     def settings(self) -> dict[str, Any]:
-        """With the limits of images and frames."""
+        """What can change an answer, the limits of images and frames among it."""
         return super().settings() | {"image_pixels": list(self.limits), "frame_pixels": list(self.video_limits)}
 
     def _merged(self, grid: torch.Tensor) -> list[int]:
@@ -132,19 +132,19 @@ class Qwen3VLProcessor(QwenVLProcessor):
     """
 
     def marker(self, video: bool) -> str:
-        """With its brackets for a video."""
+        """What stands for a picture in a rendered prompt; the marker of a video includes the brackets around it."""
         alone = super().marker(video)
         return f"{self._start}{alone}{self._end}" if video else alone
 
     def clip_text(self, clip: Clip, tokens: int) -> str:
-        """Time and placeholders of every pair."""
+        """What replaces the marker of a video: for every pair of frames, its time and its placeholders."""
         times = [*clip.times, *clip.times[-1:] * (len(clip.times) % 2)]
         pairs = [(first + second) / 2 for first, second in zip(times[::2], times[1::2], strict=True)]
         shown = self.placeholder(True) * (tokens // len(pairs))
         return "".join(f"<{seconds:.1f} seconds>{self._start}{shown}{self._end}" for seconds in pairs)
 
     def frame_size(self, frames: int, height: int, width: int) -> tuple[int, int]:
-        """The limits are for the pixels of all frames together."""
+        """(height, width) to which frames are resized; the limits are for the pixels of all frames together."""
         low, high = self.video_limits
         scale = max(1.0, self.factor / height, self.factor / width)
         height, width = int(height * scale), int(width * scale)

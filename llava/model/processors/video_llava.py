@@ -17,17 +17,17 @@ _PIXELS = pixel_argument(VideoLlavaForConditionalGeneration)
 
 
 class VideoLlavaProcessor(FamilyProcessor):
-    """256 tokens an image; a class token and 256 tokens a frame."""
+    """An image is 256 visual tokens, a frame is a class token and 256 more."""
 
     templated = False
 
     @classmethod
     def load_image_processor(cls, path: str) -> VideoLlavaImageProcessor:
-        """Of the checkpoint; it works on numpy arrays."""
+        """The checkpoint's image processor, which works on numpy arrays."""
         return VideoLlavaImageProcessor.from_pretrained(path)
 
     def render(self, text: str, images: int, video: bool, conv_mode: str = "") -> str:
-        """Pictures where the question has `<image>`; or pictures, a line end, the question."""
+        """The prompt, with its pictures where the question has `<image>`, or in front of it on a line of their own."""
         pieces = around_images(text, 0 if video else images)
         if len(pieces) > 1:
             return conversation_prompt(conv_mode, self.marker(video).join(pieces))
@@ -35,7 +35,7 @@ class VideoLlavaProcessor(FamilyProcessor):
         return conversation_prompt(conv_mode, f"{shown}\n{text}" if shown else text)
 
     def decoder_tokens(self, compression: ApetConfig, visual: Sequence[int], frames: int | None) -> int:
-        """Class tokens take no budget; frames of a budget of their own get the basis on top."""
+        """As declared; class tokens take no budget, and frames with a budget of their own get the basis on top."""
         if compression.position_mode == "keep":
             return sum(visual)
         if frames is None:
@@ -49,11 +49,11 @@ class VideoLlavaProcessor(FamilyProcessor):
 
     @property
     def fewest_tokens(self) -> int:
-        """All images have the same."""
+        """Visual tokens of an image; all images have as many."""
         return self._patches
 
     def encode_images(self, images: Sequence[Image]) -> Encoded:
-        """Padded with the mean colour."""
+        """Images are padded to squares with the mean colour."""
         mean = tuple(int(value * 255) for value in self.image_processor.image_mean)
         pixels = self._pixels([expand2square(image, mean) for image in images])
         strategy = self.config.vision_feature_select_strategy
@@ -61,7 +61,7 @@ class VideoLlavaProcessor(FamilyProcessor):
         return Encoded([run] * len(images), {_PIXELS: pixels})
 
     def encode_clip(self, clip: Clip) -> Encoded:
-        """One run of placeholders for all frames."""
+        """The marker becomes one run of placeholders for all frames."""
         run = self.placeholder(True) * (len(clip.frames) * (self._patches + 1))
         return Encoded([run], {"pixel_values_videos": self._pixels(clip.frames)[None]})
 
