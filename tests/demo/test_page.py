@@ -100,7 +100,7 @@ def test_load_upload_slide(page):
     until(lambda: answer(page, 1) == "square", "no answer to the second question")
     assert page.locator("#groups1 img").count() and not page.locator("#groups2 img").count()  # random merges nothing
     if "APET_SCREENSHOT" in os.environ:
-        time.sleep(2)
+        time.sleep(10)  # the answers of queued changes
         page.screenshot(path=os.environ["APET_SCREENSHOT"], full_page=True)
 
     before = source(page, 1)
