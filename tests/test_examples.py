@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from clips import write_clip
 from family_checkpoints import write_checkpoint
 
 import apet
 from examples import llava as llava_example
 from examples import qwen2_5_vl as qwen_example
+from examples import video as video_example
 from llava.model.hugging_face import export_checkpoint
 
 ROOT = Path(__file__).parents[1]
@@ -36,6 +38,13 @@ def test_qwen2_5_vl(tmp_path, capsys):
     qwen_example.main(str(write_checkpoint("qwen2_5_vl", tmp_path / "qwen")), str(PICTURE))
     kept, of = capsys.readouterr().out.splitlines()[-1].split(" visual")[0].split(" of ")
     assert float(kept) / float(of) == pytest.approx(0.2, abs=0.02)
+
+
+def test_video(tmp_path, capsys):
+    clip = write_clip(tmp_path / "clip.mp4", 12)
+    video_example.main(str(write_checkpoint("video_llava", tmp_path / "video")), str(clip), "What moves?", 6)
+    shown = capsys.readouterr().out
+    assert "video_llava with apet: a clip of 8 frames" in shown
 
 
 def test_the_notebook_runs(monkeypatch):
