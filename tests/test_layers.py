@@ -68,6 +68,7 @@ LAYERS = (
         ("torch", "transformers", "PIL", "numpy", "tqdm", "shortuuid"),
     ),
     Layer("apet.eval.endpoint"),
+    Layer("apet.eval.hub", ("apet.eval",), ("datasets",)),
     Layer("apet.eval.videos", ("apet.eval",), ("PIL", "numpy", "av")),
     Layer("apet.eval.metrics"),
     Layer("apet.eval.benchmarks", ("apet.eval.benchmarks", "apet.eval.metrics"), ("numpy", "pandas", "openpyxl")),

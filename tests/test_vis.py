@@ -136,7 +136,7 @@ def test_the_demo_says_what_it_lacks(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert demo.main([*MODEL]) == 1
-    assert "python -m apet.demo: error: the demo needs gradio" in capsys.readouterr().err
+    assert "apet demo: error: the demo needs gradio" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("suffix", "start"), [(".pdf", b"%PDF"), (".svg", b"<?xml"), (".png", b"\x89PNG")])

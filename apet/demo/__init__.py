@@ -1,4 +1,4 @@
-"""A web page to try it: ``python -m apet.demo`` (extra ``demo``).
+"""A web page to try it: ``apet demo`` (extra ``demo``).
 
 Drop a picture, ask, slide the budget, choose two methods: their answers side by side, the kept tokens and merge groups
 over the picture, and what each answer costs. Runs offline on the sample model, or on any checkpoint that the loader

@@ -15,17 +15,17 @@ from apet.eval.scoring_cli import Parser
 _DATA = Path(__file__).resolve().parents[2] / "data/sample"
 _SAMPLE = _DATA / "model/llava-v1.5-sample"
 _EXAMPLES = 4
-_HELP_EXAMPLES = """examples:
-  apet demo                                                 the sample model of the checkout
-  apet demo --model-path data/model/llava-v1.5-7b --port 8080"""
 _PROMPT = "Answer the question using a single word or phrase."
+_FLAGS = """examples:
+  apet demo
+  apet demo --model-path data/model/llava-v1.5-7b --port 7860"""
 
 
 def parser(loader: ModuleType | None = None) -> Parser:
     """The program's flags, with those of the module that loads checkpoints."""
     flags = Parser(
-        prog="apet demo", usage="apet demo [options]", allow_abbrev=False, epilog=_HELP_EXAMPLES,
-        description="A web page to try compression on one's own pictures.",
+        prog="apet demo", usage="apet demo [options]", allow_abbrev=False, epilog=_FLAGS,
+        description="A web page to try compression on one's own pictures; without --model-path on the sample model.",
     )  # fmt: skip
     flags.add_argument("--port", type=int, default=None, help="on 127.0.0.1 (default: the first free one from 7860 on)")
     add_loader_flag(flags)

@@ -46,7 +46,11 @@ def build(asker: Asker, examples: Sequence[Sequence[str]]) -> gr.Blocks:
         for method, outputs in zip(methods, panels, strict=True):
             inputs = [picture, question, method, tokens]
             events = [button.click, tokens.release, method.input, question.submit, page.load, picture.change]
-            gr.on(events, _answer(asker), inputs, outputs, concurrency_id="model", api_visibility="private")
+            # What is changed while an answer is being computed is answered afterwards, not dropped.
+            gr.on(
+                events, _answer(asker), inputs, outputs, concurrency_id="model", api_visibility="private",
+                trigger_mode="always_last",
+            )  # fmt: skip
     return page
 
 

@@ -34,7 +34,7 @@ def address():
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "apet.demo", "--device", "cpu", "--port", str(port)]
+    command = [sys.executable, "-m", "apet", "demo", "--device", "cpu", "--port", str(port)]
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as server:
         try:
             line = server.stdout.readline()
@@ -100,7 +100,7 @@ def test_load_upload_slide(page):
     until(lambda: answer(page, 1) == "square", "no answer to the second question")
     assert page.locator("#groups1 img").count() and not page.locator("#groups2 img").count()  # random merges nothing
     if "APET_SCREENSHOT" in os.environ:
-        time.sleep(2)
+        time.sleep(10)  # the answers of queued changes
         page.screenshot(path=os.environ["APET_SCREENSHOT"], full_page=True)
 
     before = source(page, 1)
