@@ -14,12 +14,20 @@ from typing import Any
 
 from apet.serving.settings import KEY, check_family, read_settings, served
 
+_ABOUT = "Serve a checkpoint with vLLM and ApET. Flags that are not listed here go to `vllm serve` as they are."
+_EXAMPLES = """examples:
+  apet serve llava-hf/llava-1.5-7b-hf --tokens 64
+  apet serve Qwen/Qwen2.5-VL-7B-Instruct --settings '{"image_token_ratio": 0.2}' --port 8001
+  apet serve llava-hf/llava-1.5-7b-hf --tokens none --tensor-parallel-size 2"""
 LOCAL = ("127.0.0.1", "::1", "localhost")
 
 
 def parser() -> argparse.ArgumentParser:
     """Flags of this command."""
-    flags = argparse.ArgumentParser("apet serve", description=__doc__.partition("\n")[0], allow_abbrev=False)
+    flags = argparse.ArgumentParser(
+        "apet serve", description=_ABOUT, epilog=_EXAMPLES, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     flags.add_argument("model", help="checkpoint in the Hugging Face layout, a folder or a hub id")
     flags.add_argument("--tokens", default="64", help="visual tokens kept per picture (64), or none: without ApET")
     flags.add_argument("--settings", metavar="JSON", help="all settings, fields of ApetConfig, in place of --tokens")
