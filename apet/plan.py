@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from apet.adapters import Adapter, host
 from apet.adapters.stages import Stage
-from apet.adapters.tower import TowerTap
+from apet.adapters.tower import TowerTap, upper_half
 from apet.adapters.vision import VisionStage
 from apet.config import ApetConfig, StagePreset, check_not_growing
 from apet.methods import get_method, selector
@@ -175,12 +175,17 @@ def _selector(adapter: Adapter, config: ApetConfig, stage: str, preset: StagePre
 def _tower_taps(adapter: Adapter, select: Selector) -> list[TowerTap]:
     """Notes of the towers that a method's vision stage reads: one for each kind of input; none if it reads no tower."""
     layers = {layer for wanted in select.needs.values() for layer in wanted}
-    if not layers and "vision_features" not in select.needs:
+    states = "vision_states" in select.needs
+    if not layers and not states and "vision_features" not in select.needs:
         return []
+    towers = adapter.class_token_towers
     if adapter.projector is not None:
-        return [TowerTap(adapter.class_token_towers[0] if layers else None, layers)]
-    projector = adapter.row_projector if "vision_features" in select.needs else None
-    return [TowerTap(tower, layers, projector) for tower in adapter.class_token_towers]
+        towers = towers[:1] if layers or states else [None]
+    projector = adapter.row_projector if adapter.projector is None and "vision_features" in select.needs else None
+    return [
+        TowerTap(tower, layers | (set(upper_half(host.tower_layers(tower))) if states else set()), projector)
+        for tower in towers
+    ]
 
 
 def _embedded_stage(adapter: Adapter, config: ApetConfig, select: Selector) -> Stage:

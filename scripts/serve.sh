@@ -16,16 +16,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 apet_vllm_env
 
 MODEL=${MODEL:-data/sample/model/llava-v1.5-sample}
-TOKENS=${TOKENS:-64}
 if [ -f "$MODEL/config.json" ] && grep -q '"mm_vision_tower"' "$MODEL/config.json"; then
     exported=runs/serve/$(basename "$MODEL")
     [ -f "$exported/config.json" ] || "$PYTHON" -m llava.serve.export --model-path "$MODEL" --out "$exported"
     MODEL=$exported
 fi
-if [ -z "${APET:-}" ] && [ "$TOKENS" != none ]; then APET="{\"visual_token_num\": $TOKENS}"; fi
 settings=()
-if [ -n "${APET:-}" ]; then settings=(--additional-config "{\"apet\": $APET}"); fi
-# Naming the plugin lets vLLM add its route GET /v1/apet too.
-export VLLM_PLUGINS=${VLLM_PLUGINS:-apet}
-exec vllm serve "$MODEL" --served-model-name "$(basename "$MODEL")" --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" \
-    --enable-prompt-tokens-details ${settings[@]+"${settings[@]}"} "$@"
+if [ -n "${APET:-}" ]; then settings=(--settings "$APET"); fi
+exec "$PYTHON" -m apet.serving.cli "$MODEL" --tokens "${TOKENS:-64}" ${settings[@]+"${settings[@]}"} \
+    --host "${HOST:-127.0.0.1}" --port "${PORT:-8000}" "$@"

@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from argparse import ArgumentParser
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 import apet
+from apet.bench.__main__ import COMMANDS as MEASUREMENTS
 from apet.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
@@ -29,8 +31,8 @@ def test_the_list_of_commands_needs_no_torch():
 
 
 def commands() -> list:
-    """All of them; two are parts of the tree that not every checkout has."""
-    absent = [name for name in ("serve", "demo") if find_spec(COMMANDS[name].module) is None]
+    """All of them; one is a part of the tree that not every checkout has."""
+    absent = [name for name in ("serve",) if find_spec(COMMANDS[name].module) is None]
     skipped = pytest.mark.skip(reason="its module is not in this tree")
     return [pytest.param(name, marks=skipped) if name in absent else name for name in COMMANDS]
 
@@ -41,6 +43,20 @@ def test_a_command_is_a_module_whose_help_fits_a_screen(name):
     shown = run("-m", "apet", name, "--help")
     assert shown.returncode == 0, shown.stderr
     assert "examples:" in shown.stdout and len(shown.stdout.splitlines()) <= SCREEN, shown.stdout
+
+
+@pytest.mark.parametrize(
+    "words", [name for name in commands() if name != "bench"] + [f"bench {name}" for name in MEASUREMENTS]
+)
+def test_every_flag_of_a_command_has_a_help_text(words, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ArgumentParser, "print_help", lambda parser, file=None: seen.append(parser))
+    try:
+        main([*words.split(), "--help"])
+    except SystemExit as ended:
+        assert ended.code == 0
+    silent = [action.option_strings or action.dest for parser in seen for action in parser._actions if not action.help]
+    assert seen and not silent
 
 
 def test_a_word_that_is_no_command(capsys):

@@ -40,6 +40,7 @@ ALLOWED = {
     ("apet.adapters.cache", "get_mask_sizes"): "part of CacheLayerMixin",
     ("apet.adapters.cache", "get_seq_length"): "part of CacheLayerMixin",
     ("apet.adapters.cache", "max_cache_len"): "documented argument of StaticLayer",
+    ("apet.serving.host", "inspect.signature"): "the seam to vLLM, another host",
     ("llava.model.llava_arch", "past_key_values"): "LLaVA's prepare_inputs_labels_for_multimodal has it by this name",
 }
 

@@ -56,7 +56,7 @@ LAYERS = (
     Layer(
         "apet.serving",
         (*MODEL_SIDE, "apet.serving", "apet.__version__"),
-        ("torch", "transformers", "numpy", "vllm", "fastapi"),
+        ("torch", "transformers", "numpy", "vllm", "fastapi", "prometheus_client"),
     ),
     Layer("apet.serving.settings", ("apet.config", "apet.methods", "apet.serving")),
     Layer("apet.tables"),
@@ -101,6 +101,7 @@ RESERVED = {
         "apet.vis",
         "apet.demo",
         "apet.report",
+        "apet.serving.cli",
         "llava.eval",
         "llava.serve",
     ),

@@ -52,6 +52,9 @@ class Inputs:
     def vision_features(self) -> torch.Tensor:
         return self.tokens
 
+    def vision_states(self) -> torch.Tensor:
+        return torch.stack([self.tokens, self.tokens.tanh(), self.tokens.cos()], 1)
+
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden / hidden.norm(dim=-1, keepdim=True)
 

@@ -107,6 +107,7 @@ TOWERS = {"video_llava"}
 REASONS = {
     "cls_attention": {"internvl": "four patches", None: "no class token"},
     "vision_keys": {"internvl": "four patches", None: "no class token"},
+    "vision_states": {"internvl": "four patches", None: "no class token"},
     "vision_features": {None: "one by one"},
 }
 

@@ -124,8 +124,8 @@ class BlockInputs:
     def vision_keys(self, layer: int) -> Tensor:
         return self._of_tower(lambda call: call.keys(layer)).transpose(1, 2)
 
-    def vision_states(self, layer: int) -> Tensor:
-        return self._of_tower(lambda call: call.states(layer))
+    def vision_states(self) -> Tensor:
+        return self._of_tower(lambda call: call.states().transpose(1, 2)).transpose(1, 2)
 
     def vision_features(self) -> Tensor:
         return self._of_tower(lambda call: call.features)

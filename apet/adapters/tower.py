@@ -5,7 +5,7 @@ references to what entered the layers that a method asked for; rows of attention
 """
 
 import functools
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,9 +93,9 @@ class TowerCall:
         """(C, N, heads, d) keys of every row, bias included."""
         return self._project(layer).keys.transpose(1, 2)[:, -self.shape[1] :]
 
-    def states(self, layer: int) -> Tensor:
-        """(C, N, D) what entered a layer, row by row."""
-        return self._inputs[layer % len(self._layers)][:, -self.shape[1] :]
+    def states(self) -> Tensor:
+        """(C, S, N, D) what entered the layers from the middle on, row by row."""
+        return torch.stack([self._inputs[layer][:, -self.shape[1] :] for layer in upper_half(self._layers)], 1)
 
     def asked_length(self, needs: Collection[str], unit: Unit) -> None:
         """Crops with equally many rows have inputs of one length."""
@@ -124,14 +124,19 @@ class _CropInputs:
     def vision_keys(self, layer: int) -> Tensor:
         return self._own(self.call.keys(layer)).transpose(1, 2)
 
-    def vision_states(self, layer: int) -> Tensor:
-        return self._own(self.call.states(layer))
+    def vision_states(self) -> Tensor:
+        return self.call.states()[self.group.rows, :, self.group.places].transpose(1, 2)
 
     def vision_features(self) -> Tensor:
         return self._own(self.call.features)
 
     def _own(self, values: Tensor) -> Tensor:
         return values[self.group.rows, self.group.places]
+
+
+def upper_half(layers: Sequence[nn.Module]) -> range:
+    """Numbers of a tower's layers from the middle on: 12 .. 23 of 24."""
+    return range(len(layers) // 2, len(layers))
 
 
 class TowerTap:

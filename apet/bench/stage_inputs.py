@@ -30,6 +30,10 @@ class SyntheticInputs:
         """(B, 16, N, 64)."""
         return self._once(("vision keys", layer), lambda: self._noise(_VISION_HEADS, self._count, _VISION_WIDTH))
 
+    def vision_states(self) -> Tensor:
+        """(B, 12, N, 1024)."""
+        return self._once(("states",), lambda: self._noise(12, self._count, _VISION_HEADS * _VISION_WIDTH))
+
     def vision_features(self) -> Tensor:
         """(B, N, 1024)."""
         return self._once(("features",), lambda: self._noise(self._count, _VISION_HEADS * _VISION_WIDTH))

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from apet.eval.benchmarks import Question
-from apet.eval.benchmarks.files import user_path
+from apet.eval.benchmarks.files import shown, user_path
 
 _DEEP_GREY = ("I;16", "I;16L", "I;16B", "I;16N")
 _RANGE_OF_16_BITS = ("PNG", "PPM")  # formats that Pillow may open as 32-bit integers of this range
@@ -136,12 +136,6 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
         inverted = image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO
     grey = np.rint(np.asarray(image, dtype=np.float64) * (255 / white)).clip(0, 255).astype(np.uint8)
     return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
-
-
-def shown(path: str | Path) -> str:
-    """A path for a message of one line: what does not print, such as a line end, is escaped."""
-    text = str(path)
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _image_path(question: Question, folder: str) -> Path:

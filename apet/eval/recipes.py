@@ -190,9 +190,7 @@ def _gqa(benchmark: str, place: Place) -> Recipe:
     after = [
         place.module("apet.eval.convert", "gqa", "--src", answers, "--dst", predictions),
         place.module("llava.eval.eval_gqa", *scoring, "--output-json", result / "merge.score.json"),
-        *place.official(
-            first_of(*(folder / name for name in ("eval.py", "data/eval.py", "data/eval/eval.py"))), *scoring
-        ),
+        *place.official(first_of(*(folder / name for name in _GQA_TOOLS)), *scoring),
     ]
     return Recipe(_LOADER, files[0], answers, _shown("gqa", images), [*files, images], after)
 

@@ -15,8 +15,9 @@ from PIL.Image import Image
 
 from apet.eval.answerer import Answer
 from apet.eval.benchmarks import Question
+from apet.eval.benchmarks.files import shown
 from apet.eval.endpoint import Endpoint, EndpointError, Message
-from apet.eval.images import ImageError, Pictures, shown
+from apet.eval.images import ImageError, Pictures
 from apet.eval.prompts import around_images
 
 # What a server says about a model that can change an answer; the rest is permissions and dates.

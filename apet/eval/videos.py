@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from apet.eval.images import ImageError, shown
+from apet.eval.benchmarks.files import shown
+from apet.eval.images import ImageError
 
 # In the order in which they are looked for.
 EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv")

@@ -24,7 +24,8 @@ def greedy_max_min(distance: Tensor, k: int, weight: Tensor | None = None) -> Te
     n = distance.shape[1]
     weight = torch.ones_like(distance[:, 0]) if weight is None else weight
     itself = torch.eye(n, dtype=torch.bool, device=distance.device)
-    pick = (distance.masked_fill(itself, torch.inf).amin(-1) * weight).argmax(-1)
+    # Two tokens nearest to each other are equally far from it, up to rounding.
+    pick = _best(distance.masked_fill(itself, torch.inf).amin(-1) * weight)
     gap = torch.full_like(distance[:, 0], torch.inf)
     picks = []
     for _ in range(k):
@@ -89,11 +90,11 @@ def _gain(matrix: Tensor, covered: Tensor) -> Tensor:
     return (matrix - covered.unsqueeze(-1)).clamp(min=0).sum(1)
 
 
-def _best(gain: Tensor, taken: Tensor) -> Tensor:
+def _best(gain: Tensor, taken: Tensor | None = None) -> Tensor:
     """(B,) the column with the largest gain that is not taken.
 
     Two tokens that gain from each other alone gain the same, up to rounding: the lower position wins.
     """
-    gain = gain.masked_fill(taken, -torch.inf)
+    gain = gain if taken is None else gain.masked_fill(taken, -torch.inf)
     best = gain.amax(-1, keepdim=True)
     return (gain >= best - _TIE * best.abs()).long().argmax(-1)

@@ -24,8 +24,8 @@ from apet.methods.context import INPUTS, StageContext, StageInputs, missing_inpu
 class Method:
     """Base class of compression methods: frozen dataclasses whose fields are the hyper-parameters.
 
-    Layers of `needs_cls_attention`, `needs_vision_keys` and `needs_vision_states` index the vision tower; those of the
-    decoder inputs count from the stage: 0 is the layer about to run, -1 the one before.
+    Layers of `needs_cls_attention` and `needs_vision_keys` index the vision tower; those of the decoder inputs count
+    from the stage: 0 is the layer about to run, -1 the one before.
 
     Attributes:
         name: Lower-case name users type.
@@ -50,7 +50,7 @@ class Method:
 
     needs_cls_attention: ClassVar[tuple[int, ...]] = ()
     needs_vision_keys: ClassVar[tuple[int, ...]] = ()
-    needs_vision_states: ClassVar[tuple[int, ...]] = ()
+    needs_vision_states: ClassVar[bool] = False
     needs_vision_features: ClassVar[bool] = False
     needs_clip_relevance: ClassVar[bool] = False
     needs_text_embeddings: ClassVar[bool] = False

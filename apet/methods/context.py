@@ -15,7 +15,7 @@ from apet.config import ApetConfig, StagePreset
 INPUTS: Mapping[str, tuple[tuple[str, ...], bool]] = {
     "cls_attention": (("vision",), True),
     "vision_keys": (("vision",), True),
-    "vision_states": (("vision",), True),
+    "vision_states": (("vision",), False),
     "vision_features": (("vision",), False),
     "clip_relevance": (("vision",), False),
     "text_embeddings": (("vision", "llm"), False),
@@ -45,8 +45,8 @@ class StageInputs(Protocol):
     def vision_keys(self, layer: int) -> Tensor:
         """(B, heads, N, d) keys of the patches in a vision block, bias included."""
 
-    def vision_states(self, layer: int) -> Tensor:
-        """(B, N, D_v) hidden states of the patches that enter a vision block."""
+    def vision_states(self) -> Tensor:
+        """(B, S, N, D_v) hidden states of the patches that enter the vision tower's layers from its middle on."""
 
     def vision_features(self) -> Tensor:
         """(B, N, D_v) features that enter the projector, for methods that work behind it."""

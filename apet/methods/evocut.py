@@ -28,7 +28,6 @@ class EvoCut(Method):
     """Unusual evolution through the tower.
 
     Attributes:
-        layers: Last layers of the tower whose inputs are looked at: 12 of CLIP's 24.
         clusters: Clusters of changes.
         decay: Factor of the exponential average.
         updates: Updates of the centres.
@@ -39,29 +38,25 @@ class EvoCut(Method):
     arxiv = "2606.01756"
     idea = "changes between tower layers that resemble no cluster of changes"
     stages = ("vision",)
+    needs_vision_states = True
 
-    layers: int = 12
     clusters: int = 8
     decay: float = 0.95
     updates: int = 10
 
     def __post_init__(self) -> None:
-        check_range(self, ("layers",), 2)
         check_range(self, ("clusters",), 1)
         check_range(self, ("decay",), 0, 1)
         check_range(self, ("updates",), 0)
 
-    @property
-    def needs_vision_states(self) -> tuple[int, ...]:
-        """The inputs of the last layers."""
-        return tuple(range(-self.layers, 0))
-
     def select(self, tokens: Tensor, keep: int, context: StageContext) -> CompressedTokens:
         """Keep the highest scores."""
-        states = [wide(context.ask(self, "vision_states", layer)) for layer in self.needs_vision_states]
+        states = wide(context.ask(self, "vision_states"))
+        if states.shape[1] < 2:
+            raise ValueError("method 'evocut' looks at changes between tower layers; a tower of one layer has none")
         scores = None
-        for before, after in zip(states[:-1], states[1:], strict=True):
-            unusual = self._unusual(unit(after - before))
+        for change in states.diff(dim=1).unbind(1):
+            unusual = self._unusual(unit(change))
             scores = unusual if scores is None else self.decay * scores + (1 - self.decay) * unusual
         return pruned(tokens, top_sorted(scores, keep), scores)
 

@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 from apet.config import ApetConfig
+from apet.serving import host
 from apet.serving.settings import KEY, SERVED, Served, check_family, read_settings, served
 
 # On the checkpoint's config, which vLLM hands to the processes that lay out prompts.
@@ -40,6 +41,7 @@ def configure(vllm_config: Any) -> None:
 
     Raises:
         ValueError: As `read_settings` and `check_family`, or an engine option that does not go together with them.
+        UnknownVllmError: As `host.prove`.
     """
     config = read_settings(vllm_config.additional_config)
     model_config = vllm_config.model_config
@@ -50,6 +52,7 @@ def configure(vllm_config: Any) -> None:
     if model_config.architecture == row.registered:
         return
     check_family(config, row)
+    host.prove(row.family)
     _check_engine(vllm_config, row)
     setattr(model_config.hf_config, _ATTRIBUTE, config.to_dict())
     model_config.hf_config.architectures = [row.registered]
@@ -80,6 +83,7 @@ def _objections(vllm_config: Any) -> list[tuple[bool, str]]:
     lora, multimodal = vllm_config.lora_config, vllm_config.model_config.multimodal_config
     rate = None if multimodal is None else multimodal.video_pruning_rate
     manager = vllm_config.ec_manager_config.encoder_cache_manager_cls
+    workers = vllm_config.parallel_config.tensor_parallel_size
     return [
         (
             lora is not None and lora.enable_tower_connector_lora,
@@ -99,6 +103,12 @@ def _objections(vllm_config: Any) -> list[tuple[bool, str]]:
         (
             vllm_config.compilation_config.cudagraph_mm_encoder,
             "an encoder in CUDA graphs (cudagraph_mm_encoder) goes around the compression; leave it out",
+        ),
+        (
+            # Its workers were seen to die there in the middle of a request.
+            workers > 1 and host.on_cpu() and vllm_config.use_v2_model_runner,
+            f"on a CPU, {workers} workers that share every layer (--tensor-parallel-size {workers}) run with vLLM's "
+            "first model runner only; set VLLM_USE_V2_MODEL_RUNNER=0",
         ),
     ]
 

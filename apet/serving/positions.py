@@ -34,6 +34,36 @@ def grid_positions(grid: Sequence[int], tempo: float) -> Tensor:
     return torch.from_numpy(axes.T.copy())
 
 
+def framed_extent(stamps: Sequence[int], raster: Sequence[int]) -> int:
+    """Positions that a video takes whose frames stand apart.
+
+    Args:
+        stamps: Text tokens in front of the tokens of every frame; behind them stands one.
+        raster: (height, width) of a frame in tokens.
+    """
+    return sum(stamps) + len(stamps) * (max(raster) + 1)
+
+
+def framed_positions(stamps: Sequence[int], raster: Sequence[int], kept: Sequence[Sequence[int]]) -> Tensor:
+    """(rows, 3) int64 positions of such a video, as if it stood first: its text, and the tokens kept of every frame.
+
+    Args:
+        stamps: As in `framed_extent`.
+        raster: As in `framed_extent`.
+        kept: Per frame the numbers of its kept tokens.
+    """
+    places = grid_positions((1, *raster), 1.0)
+    parts, position = [], 0
+    for text, numbers in zip(stamps, kept, strict=True):
+        parts.append(torch.arange(position, position + text).view(-1, 1).expand(-1, 3))
+        position += text
+        parts.append(places[list(numbers)] + position)
+        position += max(raster)
+        parts.append(torch.full((1, 3), position))
+        position += 1
+    return torch.cat(parts)
+
+
 def to_channels(positions: Tensor) -> Tensor:
     """(tokens, 6) parts of positions (tokens, 3) below 65,536."""
     return torch.cat([positions // _BASE, positions % _BASE], dim=1)

@@ -26,7 +26,8 @@ class Served:
         family: Key of the family's preset.
         model: Our class as vLLM's registry wants it, "module:class".
         position_mode: Positions of the surviving tokens in the engine.
-        videos: Whether the model takes videos.
+        videos: Whether videos have budgets of their own.
+        crops: Whether a budget may be for a crop or for the image.
     """
 
     architecture: str
@@ -34,6 +35,7 @@ class Served:
     model: str
     position_mode: str
     videos: bool = False
+    crops: bool = False
 
     @property
     def registered(self) -> str:
@@ -47,10 +49,19 @@ class Served:
 
 
 SERVED = (
-    Served("LlavaForConditionalGeneration", "llava", "apet.serving.llava:ApetLlava", "compact"),
-    Served("LlavaNextForConditionalGeneration", "llava_next", "apet.serving.llava_next:ApetLlavaNext", "compact"),
+    Served("LlavaForConditionalGeneration", "llava", "apet.serving.llava:ApetLlava", "compact", crops=True),
+    Served(
+        "LlavaNextForConditionalGeneration", "llava_next", "apet.serving.llava_next:ApetLlavaNext", "compact",
+        crops=True,
+    ),
+    Served(
+        "LlavaOnevisionForConditionalGeneration", "llava_onevision",
+        "apet.serving.llava_onevision:ApetLlavaOnevision", "compact", videos=True,
+    ),
+    Served("InternVLForConditionalGeneration", "internvl", "apet.serving.internvl:ApetInternVL", "compact"),
     Served("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "apet.serving.qwen2_5_vl:ApetQwen2_5_VL", "keep", True),
-)
+    Served("Qwen3VLForConditionalGeneration", "qwen3_vl", "apet.serving.qwen3_vl:ApetQwen3VL", "keep", True),
+)  # fmt: skip
 
 
 def served(architecture: str) -> Served:
@@ -109,10 +120,13 @@ def check_family(config: ApetConfig, row: Served) -> None:
                 f"{row.position_mode!r}: leave it out"
             )
         if not row.videos and (config.video_token_num is not None or config.video_budget_per != "auto"):
-            raise ValueError(f"{row.family} takes no videos; leave out video_token_num and video_budget_per")
-        if row.videos and config.budget_per != "crop":
             raise ValueError(
-                f"budget_per={config.budget_per!r} is about several crops; {row.family} has one: leave it out"
+                f"{row.family} takes no videos, or takes them as images; leave out video_token_num and video_budget_per"
+            )
+        if not row.crops and config.budget_per != "crop":
+            raise ValueError(
+                f"budget_per={config.budget_per!r} is about several crops that become one picture; leave it out for "
+                f"{row.family}"
             )
     except ValueError as error:
         raise ValueError(f"additional_config[{KEY!r}]: {error}") from None

@@ -134,6 +134,10 @@ CASES: dict[str, Case] = {
         "DIR/q.jsonl line 1: no 'image' (keys there: question_id, text)",
         make=lines({"question_id": 1, "text": "?"}),
     ),
+    "line with a key of two lines": Case(
+        "DIR/q.jsonl line 1: no 'question_id' and no 'image' (keys there: text, a\\nb)",
+        make=lines({"text": "?", "a\nb": 1}),
+    ),
     "question_id true": Case(
         "DIR/q.jsonl line 1: 'question_id' is True, expected int or str",
         make=row(question_id=True),
@@ -271,6 +275,11 @@ CASES: dict[str, Case] = {
     "table without a column": Case(
         "DIR/q.jsonl has no column hint, A, B, C, D, image (columns: index, question)",
         make=table(columns="index\tquestion"),
+        program=model_vqa_mmbench,
+    ),
+    "table with a column name of two lines": Case(
+        "DIR/q.jsonl has no column question, hint, A, B, C, D, image (columns: index, a\\nb)",
+        make=table(columns='index\t"a\nb"'),
         program=model_vqa_mmbench,
     ),
     "table with an index that is no number": Case(

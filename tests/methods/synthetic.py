@@ -14,7 +14,7 @@ HEADS, WIDTH, TEXT = 3, 4, 6
 _TOKEN_AXIS = {
     "cls_attention": 2,
     "vision_keys": 2,
-    "vision_states": 1,
+    "vision_states": 2,
     "vision_features": 1,
     "clip_relevance": 1,
     "attention_row": 2,
@@ -37,6 +37,7 @@ class Inputs:
     def random(cls, batch: int, n: int, dim: int, seed: int = 0) -> "Inputs":
         draw = {
             "vision_features": noise(batch, n, 7, seed=seed + 1),
+            "vision_states": noise(batch, 12, n, 5, seed=seed + 9),
             "clip_relevance": noise(batch, n, seed=seed + 2).tanh(),
             "text_embeddings": noise(batch, TEXT, dim, seed=seed + 3),
             "image_embeddings": noise(batch, n + 5, dim, seed=seed + 4),
@@ -51,8 +52,6 @@ class Inputs:
             draw[f"text_attention {layer}"] = noise(batch, HEADS, TEXT, n, seed=own + 4).softmax(-1)
             draw[f"keys {layer}"] = noise(batch, HEADS, n, WIDTH, seed=own + 5)
             draw[f"text_keys {layer}"] = noise(batch, HEADS, TEXT, WIDTH, seed=own + 6)
-        for layer in range(-12, 0):
-            draw[f"vision_states {layer}"] = noise(batch, n, 5, seed=seed + 100 + layer)
         mask = torch.arange(TEXT).unsqueeze(0) < TEXT - torch.arange(batch).unsqueeze(1) % 3
         return cls(draw | {"text mask": mask})
 

@@ -41,7 +41,7 @@ CASES = [
     ("divprune", "vision", {}),
     ("divprune", "llm", {}),
     ("evocut", "vision", {}),
-    ("evocut", "vision", {"layers": 3, "clusters": 2}),
+    ("evocut", "vision", {"updates": 3, "clusters": 2}),
     ("fastv", "llm", {}),
     ("grid", "vision", {}),
     ("grid", "llm", {}),

@@ -32,7 +32,10 @@ def install(monkeypatch) -> FakeRegistry:
             self.lora_config = multimodal.pop("lora_config", None)
             self.ec_manager_config = SimpleNamespace(encoder_cache_manager_cls=multimodal.pop("manager", None))
             self.compilation_config = SimpleNamespace(cudagraph_mm_encoder=multimodal.pop("graphs", False))
-            self.parallel_config = SimpleNamespace(pipeline_parallel_size=multimodal.pop("stages", 1))
+            self.parallel_config = SimpleNamespace(
+                pipeline_parallel_size=multimodal.pop("stages", 1), tensor_parallel_size=multimodal.pop("workers", 1)
+            )
+            self.use_v2_model_runner = multimodal.pop("second_runner", False)
             vision = SimpleNamespace(model_type=multimodal.pop("encoder", "clip_vision_model"))
             defaults = {"language_model_only": False, "video_pruning_rate": None}
             self.model_config = SimpleNamespace(
@@ -48,6 +51,8 @@ def install(monkeypatch) -> FakeRegistry:
         def try_verify_and_update_config(self) -> None:
             self.verified += 1
 
+    monkeypatch.setattr("apet.serving.host.prove", lambda family: None)  # tests/serving/test_host.py is about it
+    monkeypatch.setattr("apet.serving.host.on_cpu", lambda: True)
     vllm, config = ModuleType("vllm"), ModuleType("vllm.config")
     vllm.ModelRegistry, config.VllmConfig = registry, VllmConfig
     monkeypatch.setitem(sys.modules, "vllm", vllm)

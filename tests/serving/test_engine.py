@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from checkpoints import PROMPT, QUESTION, picture, write_llava_next, write_qwen
+from checkpoints import (
+    PROMPT,
+    QUESTION,
+    picture,
+    write_internvl,
+    write_llava_next,
+    write_llava_onevision,
+    write_qwen,
+    write_qwen3,
+)  # fmt: skip
 from engine import ROOT, SMALL, engine, in_model
 from families import END, IMAGE, START, VIDEO
 from vllm import SamplingParams
@@ -16,7 +25,6 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
 
 import apet
-from apet.adapters import adapter_for
 from llava.model.hugging_face import export_checkpoint
 
 PICTURES = {"wide": picture(170, 84, 1), "tall": picture(84, 200, 2), "square": picture(140, 140, 3)}
@@ -27,6 +35,13 @@ SHOWN = [
 ]  # fmt: skip
 # Short prompts run in one step and the others in several; whole blocks come back from the prefix cache.
 CHUNKED = {"max_num_batched_tokens": 64, "block_size": 32, "limit_mm_per_prompt": {"image": 3}}
+MODELS = {
+    "qwen": ("Qwen2_5_VL", write_qwen),
+    "qwen3": ("Qwen3VL", write_qwen3),
+    "next": ("LlavaNext", write_llava_next),
+    "llava_onevision": ("LlavaOnevision", write_llava_onevision),
+    "internvl": ("InternVL", write_internvl),
+}
 NEW, SPECIAL = 8, [0, 1, 2, *range(90, 96)]
 GREEDY = SamplingParams(
     temperature=0, max_tokens=NEW, ignore_eos=True, detokenize=False, allowed_token_ids=list(range(3, 90))
@@ -36,48 +51,61 @@ GREEDY = SamplingParams(
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("checkpoints")
-    for name in ("qwen", "next"):
-        (root / name).mkdir()
     sample = export_checkpoint(str(ROOT / "data/sample/model/llava-v1.5-sample"), root / "sample")
-    return {"qwen": write_qwen(root / "qwen"), "next": write_llava_next(root / "next"), "sample": sample}
+    return {"sample": sample} | {name: write(root / name) for name, (_, write) in MODELS.items()}
 
 
 class Reference:
     """The transformers model of a tiny checkpoint, patched, and prompts for both sides."""
 
     def __init__(self, folder, settings):
-        self.qwen = folder.name == "qwen"
-        kind = "Qwen2_5_VL" if self.qwen else "LlavaNext"
-        cls = getattr(transformers, f"{kind}ForConditionalGeneration")
+        self.kind = folder.name
+        cls = getattr(transformers, f"{MODELS[self.kind][0]}ForConditionalGeneration")
         self.model = cls.from_pretrained(folder, dtype=torch.float32).eval()
         self.processor = transformers.AutoProcessor.from_pretrained(folder)
         if settings is not None:
             apet.apply_patch(self.model, apet.ApetConfig.from_dict(settings))
 
-    def ids(self, kinds, counts=None, lead=4):
-        """Ids with one placeholder per picture, or as many as `counts` says."""
+    def ids(self, runs, lead=4, whole=False):
+        """Ids of a prompt with these runs of placeholders; only the patch gets marks that the engine adds itself."""
         rows = (PROMPT + [3 + 7 * number % 80 for number in range(lead)])[:lead]
-        for number, kind in enumerate(kinds):
-            run = [kind] * (1 if counts is None else counts[number])
-            rows += [7, 9] * (number > 0) + ([START, *run, END] if self.qwen else run)
+        marked = self.kind.startswith("qwen") or (whole and self.kind == "internvl")
+        for number, run in enumerate(runs):
+            rows += [7, 9] * (number > 0) + ([START, *run, END] if marked else run)
         return rows + QUESTION
 
-    def answer(self, names, frames=None, lead=4):
+    def pixels(self, names):
+        """The model's inputs of some pictures, and how many tokens it makes of each."""
+        inputs = dict(self.processor.image_processor([PICTURES[name] for name in names], return_tensors="pt"))
+        if self.kind.startswith("qwen"):
+            return inputs, (inputs["image_grid_thw"].prod(-1) // 4).tolist()
+        if self.kind == "internvl":
+            return inputs, (9 * inputs.pop("num_patches")).tolist()
+        inputs.pop("batch_num_images", None)  # the engine cuts each of several pictures into tiles, too
+        with torch.inference_mode():
+            return inputs, [len(one) for one in self.model.model.get_image_features(**inputs).pooler_output]
+
+    def answer(self, names, lead=4):
         """Greedy ids; also the number of tokens of the whole prompt."""
-        kinds = [IMAGE] * len(names) if frames is None else [VIDEO]
-        inputs, counts = {}, []
-        if frames is not None:
-            inputs = dict(self.processor.video_processor([frames], return_tensors="pt"))
-            inputs["second_per_grid_ts"] = torch.tensor([1.0])
-            counts = (inputs["video_grid_thw"].prod(-1) // 4).tolist()
-        elif names:
-            inputs = dict(self.processor.image_processor([PICTURES[name] for name in names], return_tensors="pt"))
-            if self.qwen:
-                counts = (inputs["image_grid_thw"].prod(-1) // 4).tolist()
-            else:
-                counts = [len(one.columns) for one in adapter_for(self.model).crop_layouts(inputs)]
-        ids = torch.tensor([self.ids(kinds, counts, lead)])
-        if self.qwen:
+        inputs, counts = self.pixels(names) if names else ({}, [])
+        return self._generate(self.ids([[IMAGE] * count for count in counts], lead, True), inputs)
+
+    def answer_video(self, frames):
+        """The same for a video, (frames, 3, height, width)."""
+        inputs = dict(self.processor.video_processor([frames], return_tensors="pt"))
+        if self.kind == "llava_onevision":
+            return self._generate(self.ids([[VIDEO] * (4 * len(frames) + 1)]), inputs)
+        steps, height, width = inputs["video_grid_thw"][0].tolist()
+        run = [VIDEO] * (height * width // 4)
+        if self.kind == "qwen3":
+            # A time stamp is two words to the engine's tokenizer, and it knows neither.
+            return self._generate(self.ids([[0, 0, START, *run, END] * steps]), inputs)
+        inputs["second_per_grid_ts"] = torch.tensor([1.0])
+        return self._generate(self.ids([run * steps]), inputs)
+
+    def _generate(self, rows, inputs):
+        ids = torch.tensor([rows])
+        if self.kind.startswith("qwen"):
             inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
         output = self.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False,
@@ -90,17 +118,19 @@ def prompts(reference, shown=SHOWN):
     """What the engine gets."""
     return [
         {
-            "prompt_token_ids": reference.ids([IMAGE] * len(names), lead=lead),
+            "prompt_token_ids": reference.ids([[IMAGE]] * len(names), lead),
             "multi_modal_data": {"image": [PICTURES[n] for n in names]},
         }
         if names
-        else {"prompt_token_ids": reference.ids([], lead=lead)}
+        else {"prompt_token_ids": reference.ids([], lead)}
         for lead, names in shown
     ]
 
 
 CASES = [
     ("qwen", None), ("qwen", {"image_token_ratio": 0.3}), ("qwen", {"visual_token_num": 5, "method": "divprune"}),
+    ("qwen3", {"visual_token_num": 6}), ("llava_onevision", {"image_token_ratio": 0.5}),
+    ("internvl", {"visual_token_num": 4}),
     ("next", None), ("next", {"visual_token_num": 16}), ("next", {"visual_token_num": 60, "budget_per": "image"}),
 ]  # fmt: skip
 
@@ -108,7 +138,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "settings"), CASES, ids=str)
 def test_greedy_answers_equal_those_of_the_transformers_patch(folders, name, settings):
     reference = Reference(folders[name], settings)
-    wanted = [reference.answer(names, lead=lead) for lead, names in SHOWN]
+    wanted = [reference.answer(names, lead) for lead, names in SHOWN]
     with engine(folders[name], settings, **CHUNKED) as llm:
         alone = [llm.generate(one, GREEDY, use_tqdm=False)[0] for one in prompts(reference)]
         # Once more together: now with embeddings and prefixes from the caches.
@@ -125,20 +155,25 @@ def test_greedy_answers_equal_those_of_the_transformers_patch(folders, name, set
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core for each of two workers")
 def test_two_workers_that_share_every_layer_answer_the_same(folders, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, sorted(os.sched_getaffinity(0))[:2])))
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     settings = {"visual_token_num": 16}
     reference = Reference(folders["next"], settings)
     with engine(folders["next"], settings, limit_mm_per_prompt={"image": 2}, tensor_parallel_size=2) as llm:
         shown = SHOWN[:4]
         outputs = llm.generate(prompts(reference, shown), GREEDY, use_tqdm=False)
     found = [list(one.outputs[0].token_ids) for one in outputs]
-    assert found == [reference.answer(names, lead=lead)[0] for lead, names in shown]
+    assert found == [reference.answer(names, lead)[0] for lead, names in shown]
 
 
-@pytest.mark.parametrize(
-    "settings", [{"visual_token_num": 7}, {"visual_token_num": 2, "video_budget_per": "frame"}], ids=str
-)
-def test_videos_of_qwen(folders, settings):
-    reference = Reference(folders["qwen"], settings)
+VIDEOS = [
+    ("qwen", {"visual_token_num": 7}, 7), ("qwen", {"visual_token_num": 2, "video_budget_per": "frame"}, 4),
+    ("qwen3", {"visual_token_num": 7}, 7 + 2 * 4), ("llava_onevision", {"visual_token_num": 7}, 7 + 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "settings", "kept"), VIDEOS, ids=str)
+def test_answers_about_a_video_equal_those_of_the_transformers_patch(folders, name, settings, kept):
+    reference = Reference(folders[name], settings)
     # Two steps in time, wider than long: here transformers and vLLM agree on the text behind the video.
     frames = np.stack([np.asarray(picture(168, 84, seed)) for seed in range(4)])
     meta = {
@@ -148,12 +183,12 @@ def test_videos_of_qwen(folders, settings):
         "frames_indices": [0, 1, 2, 3],
         "do_sample_frames": False,
     }
-    wanted, length = reference.answer([], torch.from_numpy(frames).permute(0, 3, 1, 2))
-    with engine(folders["qwen"], settings, limit_mm_per_prompt={"video": 1, "image": 0}) as llm:
-        prompt = {"prompt_token_ids": reference.ids([VIDEO]), "multi_modal_data": {"video": [(frames, meta)]}}
+    wanted, length = reference.answer_video(torch.from_numpy(frames).permute(0, 3, 1, 2))
+    with engine(folders[name], settings, limit_mm_per_prompt={"video": 1, "image": 0}) as llm:
+        prompt = {"prompt_token_ids": reference.ids([[VIDEO]]), "multi_modal_data": {"video": [(frames, meta)]}}
         (output,) = llm.generate(prompt, GREEDY, use_tqdm=False)
-    kept = 7 if "video_budget_per" not in settings else 4
-    assert len(output.prompt_token_ids) == len(PROMPT) + 2 + len(QUESTION) + kept < length
+    marks = 2 * name.startswith("qwen")
+    assert len(output.prompt_token_ids) == len(PROMPT) + marks + len(QUESTION) + kept < length
     assert list(output.outputs[0].token_ids) == wanted
 
 
@@ -260,6 +295,13 @@ def test_a_bad_configuration_is_refused(folders, name, settings, says):
     arguments = EngineArgs(str(folders[name]), additional_config={"apet": settings}, **SMALL)
     with pytest.raises(ValueError, match=says):
         arguments.create_engine_config()
+
+
+def test_several_workers_with_the_second_model_runner_are_refused_on_a_cpu(folders, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    options = {"additional_config": {"apet": {"visual_token_num": 64}}, "tensor_parallel_size": 2}
+    with pytest.raises(ValueError, match="first model runner only; set VLLM_USE_V2_MODEL_RUNNER=0"):
+        EngineArgs(str(folders["next"]), **options, **SMALL).create_engine_config()
 
 
 def test_settings_reach_the_model_and_only_where_they_are_given(folders):

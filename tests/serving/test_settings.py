@@ -20,7 +20,7 @@ from apet.serving.positions import extent, fill_marks, from_channels, grid_posit
 from apet.serving.processing import CompressedInfo, KeyedProcessor
 from apet.serving.settings import SERVED, cache_key, check_family, image_selector, read_settings, served
 
-LLAVA, NEXT, QWEN = (row.architecture for row in SERVED)
+LLAVA, NEXT, QWEN = (f"{name}ForConditionalGeneration" for name in ("Llava", "LlavaNext", "Qwen2_5_VL"))
 
 
 def test_importing_the_package_loads_no_vllm():
@@ -99,7 +99,8 @@ def test_every_method_that_needs_nothing_is_accepted_and_no_other():
 
 
 def test_other_models_are_refused_by_name():
-    with pytest.raises(ValueError, match=f"LlamaForCausalLM; ApET serves {LLAVA}, {NEXT}, {QWEN}"):
+    known = ", ".join(row.architecture for row in SERVED)
+    with pytest.raises(ValueError, match=f"LlamaForCausalLM; ApET serves {known}"):
         served("LlamaForCausalLM")
 
 
@@ -280,6 +281,16 @@ def test_settings_exchange_the_model(vllm, row):
     assert config.ec_manager_config.encoder_cache_manager_cls == "apet.serving.encoder.EncoderBudget"
 
 
+@pytest.mark.parametrize("options", [{"workers": 2}, {"second_runner": True}], ids=str)
+def test_several_workers_or_the_second_model_runner_alone_are_accepted(vllm, options):
+    assert engine(NEXT, {"apet": {"visual_token_num": 64}}, **options).model_config.architecture == NEXT
+
+
+def test_several_workers_with_the_second_model_runner_are_accepted_on_a_gpu(vllm, monkeypatch):
+    monkeypatch.setattr("apet.serving.host.on_cpu", lambda: False)
+    engine(NEXT, {"apet": {"visual_token_num": 64}}, workers=2, second_runner=True)
+
+
 def test_registering_twice_wraps_once(vllm):
     from vllm.config import VllmConfig
 
@@ -295,6 +306,7 @@ def test_registering_twice_wraps_once(vllm):
     (LLAVA, {"language_model_only": True}, "without images"),
     (LLAVA, {"manager": "their.Manager"}, "encoder_cache_manager_cls='their.Manager'"),
     (NEXT, {"graphs": True}, "goes around the compression"),
+    (NEXT, {"workers": 2, "second_runner": True}, "first model runner only; set VLLM_USE_V2_MODEL_RUNNER=0"),
     (QWEN, {"stages": 2}, "--pipeline-parallel-size 2"),
     (QWEN, {"prompt_embeds": True}, "--enable-prompt-embeds"),
     (LLAVA, {"lora_config": SimpleNamespace(enable_tower_connector_lora=True)}, "adapters of the vision tower"),

@@ -116,13 +116,21 @@ def read_jsonl(
     return rows
 
 
+def shown(words: PathLike) -> str:
+    """Words of a file, or its path, for a message of one line: what does not print, such as a line end, is escaped."""
+    text = str(words)
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def require_keys(row: Any, required: Collection[str], where: str) -> None:
     """ValueError unless `row` is an object with these keys; names the missing ones and those present."""
     if not isinstance(row, Mapping):
         raise ValueError(f"{where}: expected a JSON object, got {type(row).__name__}")
     missing = [key for key in required if key not in row]
     if missing:
-        raise ValueError(f"{where}: no {' and no '.join(map(repr, missing))} (keys there: {', '.join(row) or 'none'})")
+        raise ValueError(
+            f"{where}: no {' and no '.join(map(repr, missing))} (keys there: {', '.join(map(shown, row)) or 'none'})"
+        )
 
 
 def require_types(row: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where: str) -> None:

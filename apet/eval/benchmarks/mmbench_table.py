@@ -10,7 +10,7 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 
-from apet.eval.benchmarks.files import PathLike, read_text
+from apet.eval.benchmarks.files import PathLike, read_text, shown
 
 LETTERS = "ABCD"
 _LONGEST_INDEX = 18  # digits
@@ -46,9 +46,8 @@ def _iterate_table(path: PathLike, required: Sequence[str]) -> Iterator[tuple[in
     try:
         missing = [column for column in required if column not in (reader.fieldnames or [])]
         if missing:
-            raise ValueError(
-                f"{path} has no column {', '.join(missing)} (columns: {', '.join(reader.fieldnames or []) or 'none'})"
-            )
+            there = ", ".join(map(shown, reader.fieldnames or [])) or "none"
+            raise ValueError(f"{path} has no column {', '.join(missing)} (columns: {there})")
         for row in reader:
             yield reader.line_num, row
     except csv.Error as error:
