@@ -1,7 +1,7 @@
 """A benchmark from a hub data set, or from a folder of its parquet files, written in the layout that DATA has.
 
 What follows is what always follows: the same programs read the same files. `datasets` does the reading (``pip install
-datasets``); which columns a data set must have is in `SOURCES`.
+'apet[hub]'``); which columns a data set must have is in `SOURCES`.
 """
 
 import json
@@ -65,7 +65,7 @@ def write_benchmark(benchmark: str, root: str | Path, dataset: str | None = None
 def _rows(source: Source, dataset: str | None) -> Iterable[Mapping[str, Any]]:
     """Rows with the picture as it is stored: {"bytes": ..., "path": ...}."""
     if find_spec("datasets") is None:
-        raise ValueError("--dataset needs the package datasets: pip install datasets")
+        raise ValueError("--dataset needs the package datasets: pip install 'apet[hub]'")
     import datasets  # optional
 
     name = dataset or source.dataset

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from apet.config import ApetConfig
 from apet.eval.chunks import Chunk, make_chunks, run_chunks, unfinished_count
+from apet.eval.hub import write_benchmark
 from apet.eval.recipes import FAMILIES, Family, Place, Recipe, Step, recipe
 from apet.eval.scoring_cli import Parser
 
@@ -61,6 +62,7 @@ def parser() -> Parser:
     _add(group, "--judge", "JUDGE", "chat model that judges answers about videos (server: OPENAI_BASE_URL)")
     group = flags.add_argument_group("where and how")
     _add(group, "--data", "DATA", "folder of the benchmarks", "data/eval")
+    _add(group, "--dataset", "DATASET", "fill DATA first: a hub data set (ORG/NAME), or a folder of its parquet files")
     _add(group, "--image-folder", "IMAGE_FOLDER", "images of this benchmark (default: its own below DATA)")
     _add(group, "--out", "OUT", "root of answers and scores (default: DATA)")
     _add(group, "--experiment", "EXPERIMENT", "their name (default: checkpoint and settings)")
@@ -282,6 +284,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Exit status; what the user can mend is one line on stderr."""
     args, arguments = parser().parse_known_args(argv)
     try:
+        if args.dataset and not args.dry_run:
+            write_benchmark(args.benchmark, args.data, args.dataset)
         run = plan(args, arguments)
         if args.dry_run:
             print("\n".join(_commands(run)))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from apet.eval import hub
+from apet.eval import hub, suite
 from apet.eval.benchmarks.pope import Pope
 
 pandas = pytest.importorskip("pandas")
@@ -75,5 +75,16 @@ def test_what_cannot_be_read_is_a_sentence(parquet, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="answer 'perhaps' must be yes or no"):
         hub.write_benchmark("pope", tmp_path / "eval", str(tmp_path / "odd"))
     monkeypatch.setattr(hub, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install datasets"):
+    with pytest.raises(ValueError, match="pip install .apet"):
         hub.write_benchmark("pope", tmp_path)
+
+
+def test_the_command_fills_data_and_goes_on_as_always(parquet, tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(suite, "execute", lambda run: runs.append(run) or 0)
+    sample = Path(__file__).parents[2] / "data/sample/model/llava-v1.5-sample"
+    words = ["llava1_5", "pope", "--dataset", str(parquet), "--data", str(tmp_path / "eval"), "--model", str(sample)]
+    assert suite.main(words) == 0
+    (run,) = runs
+    assert run.steps.questions == tmp_path / "eval/pope/llava_pope_test.jsonl"
+    assert all(path.exists() for path in run.steps.needs)
