@@ -35,12 +35,14 @@ def test_llava(tmp_path, capsys):
 
 
 def test_qwen2_5_vl(tmp_path, capsys):
+    pytest.importorskip("torchvision", reason="transformers' video processors need it")
     qwen_example.main(str(write_checkpoint("qwen2_5_vl", tmp_path / "qwen")), str(PICTURE))
     kept, of = capsys.readouterr().out.splitlines()[-1].split(" visual")[0].split(" of ")
     assert float(kept) / float(of) == pytest.approx(0.2, abs=0.02)
 
 
 def test_video(tmp_path, capsys):
+    pytest.importorskip("torchvision", reason="transformers' video processors need it")
     clip = write_clip(tmp_path / "clip.mp4", 12)
     video_example.main(str(write_checkpoint("video_llava", tmp_path / "video")), str(clip), "What moves?", 6)
     shown = capsys.readouterr().out

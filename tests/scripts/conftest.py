@@ -49,6 +49,8 @@ def start_script(name: str, data: Path, *arguments: str, **settings: object) -> 
     return subprocess.Popen(
         ["bash", str(ROOT / f"scripts/{name}.sh"), *arguments], cwd=data, env=script_environment(data, **settings),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        # Tests that run in the background ignore Ctrl-C, and a program would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
