@@ -125,7 +125,8 @@ class BlockInputs:
         return self._of_tower(lambda call: call.keys(layer)).transpose(1, 2)
 
     def vision_states(self) -> Tensor:
-        return self._of_tower(lambda call: call.states().transpose(1, 2)).transpose(1, 2)
+        count = len(self._view.encoded[int(self._units[0].blocks[0].video)].tower.states())
+        return torch.stack([self._of_tower(lambda call, at=at: call.states()[at]) for at in range(count)], 1)
 
     def vision_features(self) -> Tensor:
         return self._of_tower(lambda call: call.features)

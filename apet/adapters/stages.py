@@ -221,7 +221,7 @@ def choose(
     rules = [stage.rule(unit.blocks[0]) for unit in units]
     candidates = [candidates_of(rule, unit) for rule, unit in zip(rules, units, strict=True)]
     counts = _counts(rules, units, candidates)
-    for rule in dict.fromkeys(rules):
+    for rule in {id(rule): rule for rule in rules}.values():
         own = [count if its is rule else None for its, count in zip(rules, counts, strict=True)]
         for group in groups_of(rule.select, units, candidates, own, provider, hidden.device):
             found = group.select(rule.select, hidden, sizes, provider)

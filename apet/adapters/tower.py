@@ -93,9 +93,9 @@ class TowerCall:
         """(C, N, heads, d) keys of every row, bias included."""
         return self._project(layer).keys.transpose(1, 2)[:, -self.shape[1] :]
 
-    def states(self) -> Tensor:
-        """(C, S, N, D) what entered the layers from the middle on, row by row."""
-        return torch.stack([self._inputs[layer][:, -self.shape[1] :] for layer in upper_half(self._layers)], 1)
+    def states(self) -> list[Tensor]:
+        """(C, N, D) what entered each of the layers from the middle on, row by row."""
+        return [self._inputs[layer][:, -self.shape[1] :] for layer in upper_half(self._layers)]
 
     def asked_length(self, needs: Collection[str], unit: Unit) -> None:
         """Crops with equally many rows have inputs of one length."""
@@ -125,7 +125,7 @@ class _CropInputs:
         return self._own(self.call.keys(layer)).transpose(1, 2)
 
     def vision_states(self) -> Tensor:
-        return self.call.states()[self.group.rows, :, self.group.places].transpose(1, 2)
+        return torch.stack([self._own(one) for one in self.call.states()], 1)
 
     def vision_features(self) -> Tensor:
         return self._own(self.call.features)
