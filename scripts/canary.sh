@@ -7,17 +7,6 @@
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/_env.sh
+. scripts/_canary.sh
 apet_env test || exit
-
-mkdir -p runs/hosts
-log=runs/hosts/canary.log
-bash scripts/hosts.sh "transformers" 2>&1 | tee "$log"
-status=${PIPESTATUS[0]}
-echo
-if [ "$status" -eq 0 ]; then
-    echo "canary: alive, $(tail -n 1 "$log")"
-else
-    echo "canary: dead, $(tail -n 1 "$log"). What broke:"
-    grep -E '^(FAILED|ERROR)' "$log" | sed -E 's/^(FAILED|ERROR) //; s/ - / : /' | sort | uniq -c | sort -rn | head -n 40
-fi
-exit "$status"
+canary canary.log bash scripts/hosts.sh "transformers"
