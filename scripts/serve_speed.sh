@@ -3,8 +3,9 @@
 #
 #   bash scripts/serve_speed.sh [flags of apet.bench serve]      e.g. --concurrency 1,4
 #
-#   TOKENS_LIST  budgets (64 32); the rest of the environment is that of scripts/serve.sh
-#   OUT          folder for the servers' logs and the figures as JSON (runs/serve_speed)
+#   TOKENS_LIST   budgets (64 32); the rest of the environment is that of scripts/serve.sh
+#   SERVER_FLAGS  flags of vllm serve for all servers, e.g. "--dtype float32"
+#   OUT           folder for the servers' logs and the figures as JSON (runs/serve_speed)
 #
 # Run it on a machine that does nothing else.
 set -euo pipefail
@@ -16,9 +17,10 @@ out=${OUT:-runs/serve_speed}
 mkdir -p "$out"
 
 measure() { # tokens, further flags of the bench
-    local tokens=$1 server
+    local tokens=$1
     shift
-    TOKENS=$tokens bash scripts/serve.sh >"$out/$tokens.log" 2>&1 &
+    # shellcheck disable=SC2086 # several words
+    TOKENS=$tokens bash scripts/serve.sh ${SERVER_FLAGS:-} >"$out/$tokens.log" 2>&1 &
     server=$!
     trap 'kill $server 2>/dev/null || true' EXIT
     until curl --silent --fail "localhost:$PORT/health" >/dev/null; do

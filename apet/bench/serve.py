@@ -161,6 +161,8 @@ class Server:
     def _answers(self, asked: Sequence[Sequence[Message]], concurrency: int) -> Iterator[Completion]:
         endpoint = replace(self.endpoint, concurrency=concurrency)
         options = {"max_tokens": self.max_tokens, "temperature": 0, "ignore_eos": True}
+        # Past its end a model writes special tokens, and tokens without text have no first one to time.
+        options["skip_special_tokens"] = False
         return endpoint.complete_all(asked, model=self.model, stream=True, **options)
 
 
