@@ -1,7 +1,7 @@
 """Write the pages that follow from the code: ``python scripts/make_docs.py [--check]``.
 
 docs/methods.md and docs/families.md follow from the registries, docs/options.md from the fields of the configuration
-and of the methods, data/README.md from the table of data files.
+and of the methods, data/README.md from the tables of data files and of data sets.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import _checkout  # noqa: F401
 from apet import families
 from apet.config import ApetConfig, attribute_texts
 from apet.eval.data_check import DATA, layout_table
+from apet.eval.hub import SOURCES, Source
 from apet.methods import get_method, method_names
 from apet.tables import markdown_table
 
@@ -157,10 +158,28 @@ _CHECKPOINTS = (
 )
 
 
+_HUB = """### From the Hugging Face hub
+
+`apet eval llava1_5 gqa --dataset` writes the files of a benchmark of images first, from the usual data set below.
+`--dataset ORG/NAME` takes another one with the same columns, `--dataset FOLDER` parquet files whose names and folders
+are those of the hub (`<configuration>/<split>-*.parquet`). It needs `pip install 'apet[hub]'`. Rows are streamed: other
+columns are not downloaded, no second copy is kept. A missing column, or a row that cannot be, is an error that names
+it. Files that are there are replaced; leave the flag out to go on with a run.
+
+The columns are those that the cards of the data sets and the tasks of lmms-eval name; `types`, `semantic` and `groups`
+of GQA are those of its official question file. The data sets themselves were not downloaded here; the tests read
+parquet files of the same form. Questions are written as in the published files, but ids of POPE, ScienceQA and VizWiz
+count the rows, and the OCR tokens of TextVQA are those of the data set. There is none for videos: no public data set is
+known that holds the videos in its rows.
+"""
+
+
 def data_page() -> str:
     """data/README.md."""
     scripted = layout_table([entry for entry in DATA if entry.script])
     others = layout_table([entry for entry in DATA if not entry.script])
+    columns = ("benchmark", "usual data set", "configuration", "split", "columns")
+    hub = markdown_table(columns, [row for name, source in SOURCES.items() for row in _source_rows(name, source)])
     return f"""# Data: what goes where
 
 Written by `python scripts/make_docs.py`; do not edit by hand. Nothing below `data/eval` and `data/model` is in git.
@@ -193,12 +212,21 @@ it, or below `--out` or `OUT`.
 Without scripts, but known to the programs (`--benchmark`):
 
 {others}
+{_HUB}
+{hub}
 ## Checkpoints: `data/model`
 
 {markdown_table(("folder", "checkpoint on the hub", "what for"), _CHECKPOINTS)}
 Other checkpoints of these families: `apet eval ... --model <folder or hub id>`. A vision tower that is not beside its
 checkpoint is taken from the hub.
 """
+
+
+def _source_rows(name: str, source: Source) -> list[tuple[str, ...]]:
+    return [
+        (name, source.dataset, part.config, part.split, ", ".join(f"`{column}`" for column in part.columns))
+        for part in source.parts
+    ]
 
 
 PAGES: Mapping[str, Callable[[], str]] = {
