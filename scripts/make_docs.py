@@ -1,7 +1,8 @@
 """Write the pages that follow from the code: ``python scripts/make_docs.py [--check]``.
 
 docs/methods.md and docs/families.md follow from the registries, docs/options.md from the fields of the configuration
-and of the methods, data/README.md from the table of data files.
+and of the methods, data/README.md from the tables of data files and of data sets, docs/sample_runs.md from the runs in
+data/runs/sample.
 """
 
 import argparse
@@ -15,7 +16,11 @@ import _checkout  # noqa: F401
 from apet import families
 from apet.config import ApetConfig, attribute_texts
 from apet.eval.data_check import DATA, layout_table
+from apet.eval.hub import SOURCES, Source
 from apet.methods import get_method, method_names
+from apet.report.output import markdown, notes
+from apet.report.rows import columns_of, rows_of
+from apet.report.runs import find_runs
 from apet.tables import markdown_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,10 +162,28 @@ _CHECKPOINTS = (
 )
 
 
+_HUB = """### From the Hugging Face hub
+
+`apet eval llava1_5 gqa --dataset` writes the files of a benchmark of images first, from the usual data set below.
+`--dataset ORG/NAME` takes another one with the same columns, `--dataset FOLDER` parquet files whose names and folders
+are those of the hub (`<configuration>/<split>-*.parquet`). It needs `pip install 'apet[hub]'`. Rows are streamed: other
+columns are not downloaded, no second copy is kept. A missing column, or a row that cannot be, is an error that names
+it. Files that are there are replaced; leave the flag out to go on with a run.
+
+The columns are those that the cards of the data sets and the tasks of lmms-eval name; `types`, `semantic` and `groups`
+of GQA are those of its official question file. The data sets themselves were not downloaded here; the tests read
+parquet files of the same form. Questions are written as in the published files, but ids of POPE, ScienceQA and VizWiz
+count the rows, and the OCR tokens of TextVQA are those of the data set. There is none for videos: no public data set is
+known that holds the videos in its rows.
+"""
+
+
 def data_page() -> str:
     """data/README.md."""
     scripted = layout_table([entry for entry in DATA if entry.script])
     others = layout_table([entry for entry in DATA if not entry.script])
+    columns = ("benchmark", "usual data set", "configuration", "split", "columns")
+    hub = markdown_table(columns, [row for name, source in SOURCES.items() for row in _source_rows(name, source)])
     return f"""# Data: what goes where
 
 Written by `python scripts/make_docs.py`; do not edit by hand. Nothing below `data/eval` and `data/model` is in git.
@@ -193,6 +216,8 @@ it, or below `--out` or `OUT`.
 Without scripts, but known to the programs (`--benchmark`):
 
 {others}
+{_HUB}
+{hub}
 ## Checkpoints: `data/model`
 
 {markdown_table(("folder", "checkpoint on the hub", "what for"), _CHECKPOINTS)}
@@ -201,10 +226,52 @@ checkpoint is taken from the hub.
 """
 
 
+RUNS = ROOT / "data/runs/sample"
+_RUNS = """# Runs on the sample
+
+Written by `python scripts/make_docs.py` from the runs in `data/runs/sample`; do not edit by hand. There
+lie the score and the record of every run, and the table of the command that made them; the answers are left out.
+
+```bash
+python -m apet.compare --model-path data/sample/model/llava-v1.5-sample --data data/sample/eval --benchmarks gqa \\
+  --methods apet,apet_plus,divprune,random --tokens 192,64 --seeds 3 --limit 200 \\
+  --batch_size 32 --max_new_tokens 16 --timed 0 --no_png --out data/runs/sample
+```
+
+"""
+
+
+def runs_page() -> str:
+    """docs/sample_runs.md."""
+    runs = find_runs([str(RUNS)])
+    rows, headings = rows_of(runs), columns_of(runs)
+    settings, environment = runs[0].record["settings"], runs[0].record["environment"]
+    libraries = ", ".join(f"{name} {environment['libraries'][name]}" for name in ("torch", "transformers"))
+    conditions = (
+        f"Device {environment['device']}, {environment['threads']} threads, {settings['dtype']}, batch "
+        f"{environment['batch_size']}, {libraries}, Python {environment['python']}. Other work ran "
+        "on the machine: questions/s say nothing here.\n\n"
+    )
+    said = "".join(f"NOTE: {note}\n\n" for note in notes(runs, headings))
+    compared = (RUNS / "table.md").read_text(encoding="utf-8")
+    return (
+        f"{_RUNS}{conditions}## Every run: `apet report data/runs/sample`\n\n{markdown(rows, headings)}\n{said}"
+        f"## The methods against each other: `table.md` of the command\n\n{compared}"
+    )
+
+
+def _source_rows(name: str, source: Source) -> list[tuple[str, ...]]:
+    return [
+        (name, source.dataset, part.config, part.split, ", ".join(f"`{column}`" for column in part.columns))
+        for part in source.parts
+    ]
+
+
 PAGES: Mapping[str, Callable[[], str]] = {
     "docs/methods.md": methods_page,
     "docs/options.md": options_page,
     "docs/families.md": families.page,
+    "docs/sample_runs.md": runs_page,
     "data/README.md": data_page,
 }
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Tests ApET inside a real lmms-eval, in an environment of its own (.venv/lmms-eval, made on first use):
+# Tests ApET inside a real lmms-eval, and benchmarks from data sets of the hub (lmms-eval brings the package datasets), in
+# an environment of its own (.venv/lmms-eval, made on first use):
 #
 #   bash scripts/test_lmms_eval.sh [pytest arguments]
 #
@@ -11,4 +12,4 @@ export APET_VENV=${APET_VENV:-.venv/lmms-eval}
 # lmms-eval does not know the filelock of constraints.txt yet.
 export APET_PINS=${APET_PINS:-filelock<4}
 apet_env test lmms-eval
-exec "$PYTHON" -m pytest -q -p no:cacheprovider tests/harness "$@"
+exec "$PYTHON" -m pytest -q -p no:cacheprovider tests/harness tests/eval/test_hub.py "$@"

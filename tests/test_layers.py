@@ -48,7 +48,7 @@ LAYERS = (
     Layer("apet.families", ("apet.config", "apet.adapters")),
     Layer("apet.cost", (*MODEL_SIDE, "apet.patch"), ("torch",)),
     Layer("apet.api", (*LIBRARY, "apet.plan"), ("torch",)),
-    Layer("apet.harness", ("apet.api", "apet.harness"), ("lmms_eval",)),
+    Layer("apet.harness", ("apet.api", "apet.harness"), ("lmms_eval", "vlmeval", "transformers")),
     Layer("apet.vis", ("apet",), ("torch", "numpy", "matplotlib")),
     Layer("apet.demo", ("apet",), ("numpy", "gradio")),
     Layer("apet.bench", ("apet",), ("torch", "transformers", "numpy", "tqdm", "PIL")),

@@ -1,23 +1,40 @@
 """A benchmark from a hub data set, or from a folder of its parquet files, written in the layout that DATA has.
 
 What follows is what always follows: the same programs read the same files. `datasets` does the reading (``pip install
-'apet[hub]'``); which columns a data set must have is in `SOURCES`.
+'apet[hub]'``); which columns a data set must have is in `SOURCES`, how they become files in `apet.eval.hub_files`.
+Benchmarks of videos are not there: no public data set is known to hold the videos in its rows.
 """
 
-import json
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from apet.eval.benchmarks.files import replacing, user_path
-from apet.eval.data_check import find_data
+from apet.eval import hub_files
+from apet.eval.benchmarks.files import user_path
+from apet.eval.data_check import check_benchmark, complete, find_data
+from apet.eval.hub_files import Rows, Target
 
-_PROMPT = "\nAnswer the question using a single word or phrase."
-_PLAIN = re.compile(r"[\w.-]+")
+
+@dataclass(frozen=True)
+class Part:
+    """A split of a data set.
+
+    Attributes:
+        split: Its name.
+        columns: Columns that are read; nothing else is downloaded. A picture is the column `image`.
+        config: Its configuration (subset); empty for the default one.
+    """
+
+    split: str
+    columns: tuple[str, ...]
+    config: str = ""
+
+    @property
+    def files(self) -> str:
+        """Where the hub has its files, as a pattern."""
+        return "/".join(filter(None, (self.config, "**", f"{self.split}-*.parquet")))
 
 
 @dataclass(frozen=True)
@@ -26,17 +43,63 @@ class Source:
 
     Attributes:
         dataset: Its usual id.
-        split: Split of the questions.
-        columns: Columns that are read, the picture's last.
+        parts: What is read of it.
+        write: Writes the files from the rows of each part.
     """
 
     dataset: str
-    split: str
-    columns: tuple[str, ...]
+    parts: tuple[Part, ...]
+    write: Callable[..., None]
 
+
+_OPTIONS = ("index", "question", "hint", "A", "B", "C", "D", "answer", "category")
 
 SOURCES: Mapping[str, Source] = {
-    "pope": Source("lmms-lab/POPE", "test", ("question", "answer", "category", "image_source", "image")),
+    "gqa": Source(
+        "lmms-lab/GQA",
+        (
+            Part(
+                "testdev",
+                ("id", "imageId", "question", "answer", "isBalanced", "types", "semantic", "groups"),
+                "testdev_balanced_instructions",
+            ),
+            Part("testdev", ("id", "image"), "testdev_balanced_images"),
+        ),
+        hub_files.write_gqa,
+    ),
+    "mmbench": Source(
+        "lmms-lab/MMBench_EN", (Part("dev", (*_OPTIONS, "l2-category", "split", "image")),), hub_files.write_mmbench
+    ),
+    "mmbench_cn": Source(
+        "lmms-lab/MMBench", (Part("dev", (*_OPTIONS, "L2-category", "split", "image"), "cn"),), hub_files.write_mmbench
+    ),
+    "mme": Source("lmms-lab/MME", (Part("test", ("question_id", "question", "answer", "image")),), hub_files.write_mme),
+    "pope": Source(
+        "lmms-lab/POPE",
+        (Part("test", ("question", "answer", "category", "image_source", "image")),),
+        hub_files.write_pope,
+    ),
+    "sqa": Source(
+        "lmms-lab/ScienceQA",
+        (Part("test", ("question", "choices", "answer", "hint", "image"), "ScienceQA-FULL"),),
+        hub_files.write_scienceqa,
+    ),
+    "textvqa": Source(
+        "lmms-lab/textvqa",
+        (Part("validation", ("image_id", "question_id", "question", "answers", "ocr_tokens", "image")),),
+        hub_files.write_textvqa,
+    ),
+    "vizwiz": Source(
+        "lmms-lab/VizWiz-VQA", (Part("test", ("question_id", "question", "image")),), hub_files.write_vizwiz
+    ),
+    "vqav2": Source(
+        "lmms-lab/VQAv2",
+        (
+            Part("testdev", ("question_id", "question", "image_id", "image")),
+            Part("test", ("question_id", "question", "image_id")),
+        ),
+        hub_files.write_vqav2,
+    ),
 }
 
 
@@ -46,79 +109,56 @@ def write_benchmark(benchmark: str, root: str | Path, dataset: str | None = None
     Args:
         benchmark: Key of `SOURCES`.
         root: The folder that the programs call DATA.
-        dataset: Hub id (ORG/NAME), or a folder with parquet files; None for the usual id.
+        dataset: Hub id (ORG/NAME), or a folder with the parquet files named and placed as on the hub; None for the
+            usual id.
 
     Returns:
         The benchmark's folder.
 
     Raises:
-        ValueError: A benchmark or data set that is not known, a missing column, a picture without a plain name, or
-            `datasets` is not installed.
+        ValueError: A benchmark or data set that is not known, a missing column, a row that cannot be, or `datasets`
+            is not installed.
     """
     if benchmark not in SOURCES:
         raise ValueError(f"benchmark {benchmark!r} is not read from data sets; known: {', '.join(SOURCES)}")
-    rows = _rows(SOURCES[benchmark], dataset)
-    folder = user_path(root) / find_data(benchmark).folder
-    return _write_pope(rows, folder)
-
-
-def _rows(source: Source, dataset: str | None) -> Iterable[Mapping[str, Any]]:
-    """Rows with the picture as it is stored: {"bytes": ..., "path": ...}."""
     if find_spec("datasets") is None:
         raise ValueError("--dataset needs the package datasets: pip install 'apet[hub]'")
-    import datasets  # optional
-
-    name = dataset or source.dataset
-    files = sorted(str(file) for file in Path(name).glob("**/*.parquet"))
-    if Path(name).is_dir() and not files:
-        raise ValueError(f"{name} has no parquet file")
-    try:
-        loaded = (
-            datasets.load_dataset("parquet", data_files=files, split="train")
-            if files
-            else datasets.load_dataset(name, split=source.split)
-        )
-    except (FileNotFoundError, ConnectionError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"data set {name!r} cannot be read: {error}; give a hub id or a folder of parquet files"
-        ) from error
-    missing = [column for column in source.columns if column not in loaded.column_names]
-    if missing:
-        has = ", ".join(loaded.column_names)
-        raise ValueError(f"data set {name!r} has no column {', '.join(missing)}; it has {has}")
-    return loaded.select_columns(list(source.columns)).cast_column(source.columns[-1], datasets.Image(decode=False))
-
-
-def _write_pope(rows: Iterable[Mapping[str, Any]], folder: Path) -> Path:
-    """Questions of all splits in one file, labels split by split, every picture once."""
-    questions, labels = [], defaultdict(list)
-    images = folder / "val2014"
-    images.mkdir(parents=True, exist_ok=True)
-    for number, row in enumerate(rows, start=1):
-        picture = _name(row["image_source"], number) + ".jpg"
-        with replacing(images / picture) as temporary:
-            temporary.write_bytes(row["image"]["bytes"])
-        question, split = row["question"].strip(), row["category"].strip().lower()
-        label = row["answer"].strip().lower()
-        if label not in ("yes", "no"):
-            raise ValueError(f"row {number}: answer {row['answer']!r} must be yes or no")
-        text = question + _PROMPT
-        questions.append({"question_id": number, "image": picture, "text": text, "category": split})
-        labels[split].append({"question_id": number, "image": picture, "text": question, "label": label})
-    _write_lines(folder / "llava_pope_test.jsonl", questions)
-    for split, lines in labels.items():
-        _write_lines(folder / "coco" / f"coco_pope_{_name(split, 0)}.json", lines)
+    source, data = SOURCES[benchmark], find_data(benchmark)
+    folder = user_path(root) / data.folder
+    images = folder / data.images[0] if data.images else folder
+    parts = [_rows(dataset or source.dataset, part) for part in source.parts]
+    source.write(Target(folder, [folder / file.path for file in data.files], images), *parts)
+    findings = check_benchmark(data, root)
+    if not complete(findings, any_size=True):
+        wrong = "; ".join(f"{one.path}: {one.state} {one.found}" for one in findings if one.state != "ok")
+        raise ValueError(f"data set {dataset or source.dataset!r} is not that of {benchmark}: {wrong}")
     return folder
 
 
-def _name(text: str, number: int) -> str:
-    """A part of a file name, as it is in the data set."""
-    if not _PLAIN.fullmatch(text) or text.startswith("."):
-        raise ValueError(f"row {number}: {text!r} cannot be part of a file name; letters, digits, _ - . are allowed")
-    return text.removesuffix(".jpg")
+def _rows(name: str, part: Part) -> Rows:
+    """Rows of a part as they are read, pictures as they are stored: {"bytes": ..., "path": ...}."""
+    import datasets  # optional
+
+    there = _load(name, part).column_names
+    missing = [column for column in part.columns if column not in there]
+    if missing:
+        raise ValueError(f"data set {name!r} has no column {', '.join(missing)}; it has {', '.join(there)}")
+    rows = _load(name, part, columns=list(part.columns))
+    return rows.cast_column("image", datasets.Image(decode=False)) if "image" in part.columns else rows
 
 
-def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def _load(name: str, part: Part, **options: Any) -> Any:
+    """A part as a stream: no copy of it is kept, and columns that are not asked for stay where they are."""
+    import datasets  # optional
+
+    files = sorted(str(file) for file in Path(name).glob(part.files))
+    if Path(name).is_dir() and not files:
+        raise ValueError(f"{name} has no parquet file {part.files}; names and folders must be those of the hub")
+    if files:
+        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True, **options)
+    try:
+        return datasets.load_dataset(name, part.config or None, split=part.split, streaming=True, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"data set {name!r} cannot be read: {error}; give a hub id or a folder of parquet files"
+        ) from error

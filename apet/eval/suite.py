@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from apet.config import ApetConfig
 from apet.eval.chunks import Chunk, make_chunks, run_chunks, unfinished_count
@@ -29,6 +30,7 @@ _TAKEN = {
     "--chunk-idx": "CHUNKS (--chunks) says how many processes",
     "--model-path": "MODEL (--model) says which checkpoint",
 }
+_USUAL = "usual"  # instead of the id of a data set
 _EXAMPLES = """examples:
   apet eval llava1_5 pope --tokens 64
   apet eval llava1_5 gqa --tokens none --batch_size 8          the uncompressed model; --batch_size is the program's
@@ -62,7 +64,8 @@ def parser() -> Parser:
     _add(group, "--judge", "JUDGE", "chat model that judges answers about videos (server: OPENAI_BASE_URL)")
     group = flags.add_argument_group("where and how")
     _add(group, "--data", "DATA", "folder of the benchmarks", "data/eval")
-    _add(group, "--dataset", "DATASET", "fill DATA first: a hub data set (ORG/NAME), or a folder of its parquet files")
+    about = "fill DATA first: a hub data set (ORG/NAME; no value: the usual one) or a folder of parquet files"
+    _add(group, "--dataset", "DATASET", about, nargs="?", const=_USUAL)
     _add(group, "--image-folder", "IMAGE_FOLDER", "images of this benchmark (default: its own below DATA)")
     _add(group, "--out", "OUT", "root of answers and scores (default: DATA)")
     _add(group, "--experiment", "EXPERIMENT", "their name (default: checkpoint and settings)")
@@ -71,10 +74,12 @@ def parser() -> Parser:
     return flags
 
 
-def _add(group: argparse._ArgumentGroup, flag: str, variable: str, about: str, default: str = "", switch=False) -> None:
+def _add(
+    group: argparse._ArgumentGroup, flag: str, variable: str, about: str, default: str = "", switch=False, **more: Any
+) -> None:
     given = _variable(variable, default)
     shown = f"{about} (default: {default})" if default else about
-    options = {"action": "store_true"} if switch else {"metavar": "VALUE"}
+    options = {"action": "store_true"} if switch else {"metavar": "VALUE", **more}
     group.add_argument(flag, default=_is_on(given) if switch else given, help=f"{shown} [{variable}]", **options)
 
 
@@ -285,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, arguments = parser().parse_known_args(argv)
     try:
         if args.dataset and not args.dry_run:
-            write_benchmark(args.benchmark, args.data, args.dataset)
+            write_benchmark(args.benchmark, args.data, None if args.dataset == _USUAL else args.dataset)
         run = plan(args, arguments)
         if args.dry_run:
             print("\n".join(_commands(run)))

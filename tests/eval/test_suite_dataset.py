@@ -6,8 +6,8 @@ from apet.eval import hub, suite
 
 
 def test_a_benchmark_that_no_data_set_is_known_for(tmp_path, capsys):
-    assert suite.main(["llava1_5", "gqa", "--dataset", "a/b", "--data", str(tmp_path)]) == 1
-    assert "'gqa' is not read from data sets; known: pope" in capsys.readouterr().err
+    assert suite.main(["video_llava", "msvd", "--dataset", "a/b", "--data", str(tmp_path)]) == 1
+    assert "'msvd' is not read from data sets; known: gqa" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
