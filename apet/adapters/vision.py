@@ -268,7 +268,7 @@ class VisionStage:
     def _after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Put the projected rows back in their places, zeros between them."""
         encoding = self.encodings.top
-        if encoding is None:
+        if encoding is None or (self._select is None and encoding.dropped is None):
             return output
         if self._select is not None and self._select.features == "post_projector":
             output = self._compress(encoding, output, args[0])

@@ -77,7 +77,7 @@ def test_prefill(capsys):
 
 
 def test_prefill_with_further_settings(capsys):
-    text = "tower_layer_list=[1],tower_token_list=[0.5]"
+    text = "tower_layer_list=[1],tower_token_list=[0.9]"
     result = bench(capsys, "prefill", "--batch", "1", "--text_tokens", "5", "--no_published", "--apet", text)
     (figures,) = result["batches"]
     assert list(figures["calls"]) == ["none", "random", "apet", f"apet, {text}"]
