@@ -17,7 +17,7 @@ from torch import nn
 
 from apet.adapters import Adapter, UsualImage
 from apet.config import ApetConfig
-from apet.cost import Estimate, ModelDims, prefill_cost, tokens_per_layer
+from apet.cost import Estimate, ModelDims, left_in_tower, prefill_cost, tokens_per_layer
 from apet.methods import get_method, parse_method
 from apet.patch import active_config, adapter_of, annotate, apply_patch, patched, remove_patch
 from apet.plan import is_empty
@@ -61,6 +61,7 @@ class Description:
         stages: Runs of layers with equal counts.
         flops: Matrix products from pixels to the first token, without and with compression.
         cache_bytes: Key-value cache behind the prompt, without and with.
+        tower: What happens inside the vision tower, in words; "" for nothing.
     """
 
     family: str
@@ -72,6 +73,7 @@ class Description:
     stages: tuple[StageLine, ...]
     flops: tuple[float, float]
     cache_bytes: tuple[int, int]
+    tower: str = ""
 
     @property
     def tokens_per_layer(self) -> list[int]:
@@ -94,6 +96,7 @@ class Description:
             f"{self.family} with {self.method}: {self.image} ({self.tokens_in} visual tokens) and {self.text_tokens} "
             "text tokens"
         )
+        head += f"\n{self.tower}" if self.tower else ""
         rows = [(stage.name, f"{stage.first}-{stage.last}", f"{stage.tokens}") for stage in self.stages]
         rows.append(("average", f"1-{layers}", f"{self.layer_averaged_tokens:.1f}".removesuffix(".0")))
         lines = [f"{'stage':<16}{'layers':>8}{'visual tokens':>16}{'share':>9}"]
@@ -206,8 +209,25 @@ def describe(model: nn.Module) -> Description:
     method = "no compression" if config is None or is_empty(config) else _method(config)
     return Description(
         adapter.family, method, image.what, TEXT_TOKENS, _all(image), image.beside, tuple(lines),
-        (before.flops, after.flops), (before.kv_bytes, after.kv_bytes),
+        (before.flops, after.flops), (before.kv_bytes, after.kv_bytes), _inside(adapter, config),
     )  # fmt: skip
+
+
+def _inside(adapter: Adapter, config: ApetConfig | None) -> str:
+    """What happens inside the vision tower, in words."""
+    if config is None or not config.reduces_tower:
+        return ""
+    if config.tower_mode == "lossless":
+        return "in the vision tower: lossless, patches that their neighbours predict are left out (not in the figures)"
+    image = adapter.usual_image
+    tower = ModelDims.of(adapter.model.config, image.crops, image.grid).tower
+    patches, kind = (
+        tower.patches // tower.merged,
+        "patches" if tower.merged == 1 else f"groups of {tower.merged} patches",
+    )
+    left = zip(left_in_tower(config, patches), config.tower_layer_list, strict=True)
+    cuts = ", ".join(f"{count} of {patches} {kind} behind layer {layer}" for count, layer in left)
+    return f"in the vision tower: {config.tower_mode}, {cuts}{' of each crop' if image.crops > 1 else ''}"
 
 
 def _only(given: Mapping[str, float | None]) -> tuple[str, float]:
@@ -363,7 +383,7 @@ def _chosen(adapter: Adapter, config: ApetConfig | None) -> list[int]:
     reads = get_method(config.method, **config.method_options).reads(config)
     appends = clip and adapter.preset.frame.insertion == "append" and "basis_selection" in reads
     added = config.basis_token_num if appends else 0
-    return tokens_per_layer(config, image.tokens, layers, image.crops if parted else 1, added)
+    return tokens_per_layer(config, image.tokens, layers, image.crops if parted else 1, added, image.crops)
 
 
 def _counts(adapter: Adapter, config: ApetConfig | None) -> list[int]:
@@ -384,7 +404,7 @@ def _cost(adapter: Adapter, config: ApetConfig | None) -> Estimate:
         projected = _chosen(adapter, config)[0] if in_front else image.tokens
     return prefill_cost(
         ModelDims.of(model.config, **shape), _counts(adapter, config), text_tokens=TEXT_TOKENS, dtype=model.dtype,
-        projected=projected, early_exit=compressed and bool(adapter.towers),
+        projected=projected, early_exit=compressed and bool(adapter.towers), config=config,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from typing import Any
 POSITION_MODES = ("auto", "compact", "keep")
 BUDGETS_PER = ("crop", "image", "prompt")
 VIDEO_BUDGETS_PER = ("auto", "frame", "clip")
+TOWER_MODES = ("merge", "restore", "lossless")
 # Fields that only some methods read (`apet.methods.base.Method.reads`). `basis_token_num` and `seed` are none of them:
 # the published scripts give the one to every method they compare, and sweeps the other.
 METHOD_OPTIONS = ("basis_selection", "fps_start")
@@ -116,6 +117,16 @@ class ApetConfig:
             vision stage, and decoder stages cut only the first tokens of an image, as many as the previous budget.
         size_bias: Add the logarithm of the image tokens behind a token to its attention logits in the decoder.
         seed: Seed of sampling, and of methods and bases that draw at random.
+        tower_mode: What happens to patches inside the vision tower: "merge", "restore" or "lossless". "merge" keeps
+            the worst rebuilt ones as method apet does and merges the rest into them, which count for their number in
+            attention. "restore" computes only those that changed most, and puts the others back behind the tower by
+            the mean change of their nearest computed ones. Both need a `tower_layer_list`; without one the tower runs
+            whole. "lossless" leaves out patches whose pixels equal their prediction from the left, upper and
+            upper-left patch.
+        tower_layer_list: Layers of the vision tower after which patches are reduced, counted from 1 and increasing.
+        tower_token_list: Patches per crop left by each tower stage, as counts, or as shares (below 1) of those that
+            enter it.
+        tower_key_layers: Layers behind a "restore" stage whose keys and values still hold every patch.
     """
 
     visual_token_num: int | tuple[int, ...] | None = _flag(None)
@@ -135,6 +146,10 @@ class ApetConfig:
     compat: str | None = None
     size_bias: bool = False
     seed: int = _flag(0)
+    tower_mode: str = "merge"
+    tower_layer_list: tuple[int, ...] = ()
+    tower_token_list: tuple[int | float, ...] = ()
+    tower_key_layers: int = 7
 
     def __post_init__(self) -> None:
         if not isinstance(self.method_options, Mapping):
@@ -143,7 +158,13 @@ class ApetConfig:
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         if self.fps_start == "first":
             object.__setattr__(self, "fps_start", 0)
-        for name in ("layer_list", "image_token_list", "image_token_ratio_list"):
+        for name in (
+            "layer_list",
+            "image_token_list",
+            "image_token_ratio_list",
+            "tower_layer_list",
+            "tower_token_list",
+        ):
             values = () if getattr(self, name) is None else getattr(self, name)
             if not isinstance(values, tuple):
                 raise ValueError(f"{name}={values!r} must be a list with one entry per stage")
@@ -152,6 +173,7 @@ class ApetConfig:
         _check_counts("video_token_num", self.video_token_num)
         _check_ratio("image_token_ratio", self.image_token_ratio)
         self._check_layers()
+        self._check_tower()
         self._check_options()
         self._check_decreasing()
         # A budget that is a float is a share, whole numbers included.
@@ -164,6 +186,11 @@ class ApetConfig:
         """One budget per stage: the vision stage first, then one per layer of `layer_list`. Ratios are floats."""
         vision = self.visual_token_num if self.image_token_ratio is None else self.image_token_ratio
         return (vision, *(self.image_token_list or self.image_token_ratio_list))
+
+    @property
+    def reduces_tower(self) -> bool:
+        """Whether patches are reduced inside the vision tower."""
+        return bool(self.tower_layer_list) or self.tower_mode == "lossless"
 
     def changed_options(self) -> dict[str, Any]:
         """Options that only some methods read, where they differ from their default."""
@@ -206,18 +233,37 @@ class ApetConfig:
                     f"layer_list has {len(self.layer_list)} layers {list(self.layer_list)} but {name} has "
                     f"{len(budgets[name])} entries {list(budgets[name])}; give one entry per layer"
                 )
-        previous = 0
-        for layer in self.layer_list:
-            if not _is_int(layer) or layer <= previous:
-                raise ValueError(
-                    f"layer_list={list(self.layer_list)} must hold increasing layers counted from 1 (16 = after the "
-                    f"16th layer); {layer!r} does not follow {previous}"
-                )
-            previous = layer
+        _check_increasing("layer_list", self.layer_list)
         for count in self.image_token_list:
             _check_counts("image_token_list", count)
         for ratio in self.image_token_ratio_list:
             _check_ratio("image_token_ratio_list", ratio)
+
+    def _check_tower(self) -> None:
+        layers, tokens = self.tower_layer_list, self.tower_token_list
+        if self.tower_mode not in TOWER_MODES:
+            raise ValueError(f"tower_mode={self.tower_mode!r} is unknown; choose {', '.join(TOWER_MODES)}")
+        if not _is_int(self.tower_key_layers) or self.tower_key_layers < 0:
+            raise ValueError(f"tower_key_layers={self.tower_key_layers!r} must be an int of at least 0")
+        if len(layers) != len(tokens):
+            raise ValueError(
+                f"tower_layer_list has {len(layers)} layers {list(layers)} but tower_token_list has {len(tokens)} "
+                f"entries {list(tokens)}; give one entry per layer"
+            )
+        most = {"merge": len(layers), "restore": 1, "lossless": 0}[self.tower_mode]
+        if len(layers) > most:
+            allowed = "one layer" if most else "no tower_layer_list: it acts in front of the first layer"
+            raise ValueError(f"tower_layer_list={list(layers)}: tower_mode={self.tower_mode!r} takes {allowed}")
+        _check_increasing("tower_layer_list", layers)
+        for budget in tokens:
+            share = isinstance(budget, float) and 0 < budget < 1
+            if not share and not _is_count(budget):
+                raise ValueError(
+                    f"tower_token_list={list(tokens)} must hold counts of at least 1 or shares between 0 and 1; "
+                    f"{budget!r} is neither"
+                )
+        counts = zip(layers, tokens, strict=True)
+        check_not_growing([(f"the stage after tower layer {layer}", count) for layer, count in counts])
 
     def _check_options(self) -> None:
         if self.visual_token_num is not None and self.image_token_ratio is not None:
@@ -326,6 +372,21 @@ def _plain(value: Any) -> Any:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_int(value) and value >= 1
+
+
+def _check_increasing(name: str, layers: Sequence[Any]) -> None:
+    previous = 0
+    for layer in layers:
+        if not _is_int(layer) or layer <= previous:
+            raise ValueError(
+                f"{name}={list(layers)} must hold increasing layers counted from 1 (16 = after the 16th layer); "
+                f"{layer!r} does not follow {previous}"
+            )
+        previous = layer
 
 
 def _check_counts(name: str, value: Any) -> None:

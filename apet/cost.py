@@ -34,6 +34,8 @@ class TowerDims:
         patch_values: Numbers of a patch.
         pairs: Pairs of rows that attend to each other in a layer, averaged over the layers.
         class_token: Whether one row of each crop is no patch.
+        heads: Attention heads.
+        merged: Patches that one token is made of.
     """
 
     layers: int
@@ -46,20 +48,71 @@ class TowerDims:
     patch_values: int
     pairs: float
     class_token: bool = False
+    heads: int = 0
+    merged: int = 1
 
     @property
     def patches(self) -> int:
         """Patches of a crop."""
         return self.rows - self.class_token
 
-    def layer_flops(self) -> float:
-        """Matrix products of one layer."""
+    def layer_flops(self, part: "TowerPart | None" = None) -> float:
+        """Matrix products of one layer, for all rows or for a part of them."""
         dense = self.width * (4 * self.width + (3 if self.gated else 2) * self.mlp)
-        return self.crops * (2 * self.rows * dense + 4 * self.pairs * self.width)
+        if part is None:
+            return self.crops * (2 * self.rows * dense + 4 * self.pairs * self.width)
+        head = self.width // self.heads
+        attended = self.heads * (head + (8 - head % 8 if part.biased else 0))
+        # Values come with the queries and keys where one matrix makes all three.
+        others = (part.keys - part.rows) * (2 if self.merged == 1 else 3)
+        projected = 2 * part.rows * dense + 2 * others * self.width**2
+        pairs = self.pairs * part.rows * part.keys / self.rows**2  # of windows: as if each lost the same share
+        return self.crops * (projected + 4 * pairs * attended)
 
     def layer_weights(self) -> int:
         """Numbers in the matrices of one layer."""
         return self.width * (4 * self.width + (3 if self.gated else 2) * self.mlp)
+
+
+@dataclass(frozen=True)
+class TowerPart:
+    """What a tower layer computes where a tower stage left a part of a crop's rows.
+
+    Attributes:
+        rows: Rows that go through it.
+        keys: Rows that they attend to; keys and values of the others are made too.
+        biased: Whether attention counts rows for the number of patches they stand for, in one more dimension of heads.
+    """
+
+    rows: int
+    keys: int
+    biased: bool
+
+
+def tower_parts(config: ApetConfig | None, tower: TowerDims) -> list[TowerPart | None]:
+    """What each layer of a tower computes under a configuration; None for all rows.
+
+    What "lossless" leaves out depends on the picture, so nothing of it is predicted.
+    """
+    parts: list[TowerPart | None] = [None] * tower.layers
+    if config is None:
+        return parts
+    tokens = tower.patches // tower.merged
+    for layer, left in zip(config.tower_layer_list, left_in_tower(config, tokens), strict=True):
+        rows, merged = left * tower.merged + tower.class_token, config.tower_mode == "merge"
+        for index in range(layer, tower.layers if left < tokens else 0):
+            seen = not merged and index < layer + config.tower_key_layers
+            parts[index] = TowerPart(rows, tower.rows if seen else rows, merged)
+    return parts
+
+
+def left_in_tower(config: ApetConfig, patches: int) -> list[int]:
+    """Patches of a crop (of Qwen-VL: tokens to be of a frame) behind every tower stage."""
+    left = []
+    for budget in config.tower_token_list:
+        patches = min(patches, max(1, int(budget * patches)) if isinstance(budget, float) else budget)
+        left.append(patches)
+    return left
 
 
 @dataclass(frozen=True)
@@ -180,7 +233,12 @@ class Estimate:
 
 
 def tokens_per_layer(
-    config: ApetConfig | None, image_tokens: int, layers: int, crops: int = 1, added: int = 0
+    config: ApetConfig | None,
+    image_tokens: int,
+    layers: int,
+    crops: int = 1,
+    added: int = 0,
+    tower_crops: int | None = None,
 ) -> list[int]:
     """Visual tokens that every decoder layer sees of one image, from budgets in counts or shares.
 
@@ -190,6 +248,7 @@ def tokens_per_layer(
         layers: Decoder layers.
         crops: Crops that share these tokens; `visual_token_num` is for each.
         added: Rows that the vision stage adds to each crop's budget.
+        tower_crops: Crops that the tower encodes, if these are others: a stage that merges there cuts each of them.
 
     Raises:
         ValueError: A budget per image (a list) or for clips: `apet.last_result` has the counts of a run.
@@ -200,6 +259,11 @@ def tokens_per_layer(
     if config.video_token_num is not None or any(isinstance(budget, tuple) for budget in config.stage_budgets):
         raise ValueError("budgets per image or for clips are not predicted; take the counts from apet.last_result")
     stages = dict(zip((0, *config.layer_list), config.stage_budgets, strict=True))
+    if config.tower_mode == "merge" and config.tower_layer_list:
+        encoded = tower_crops or crops
+        most = encoded * left_in_tower(config, image_tokens // encoded)[-1]
+    else:
+        most = image_tokens
     for layer in range(layers):
         budget, units = stages.get(layer), crops if layer == 0 else 1
         length = now // units
@@ -208,6 +272,7 @@ def tokens_per_layer(
         if budget is not None:
             budget += added if layer == 0 else 0
             now = min(now, budget * units)
+        now = min(now, most)
         counts.append(now)
     return counts
 
@@ -221,6 +286,7 @@ def prefill_cost(
     dtype: torch.dtype = torch.bfloat16,
     projected: int | None = None,
     early_exit: bool = False,
+    config: ApetConfig | None = None,
 ) -> Estimate:
     """Cost from pixels to the logits of the last position.
 
@@ -233,6 +299,7 @@ def prefill_cost(
         projected: Rows that pass the projector; None for the visual tokens of the first layer where compression acts in
             front of it (LLaVA-NeXT's newlines are not among them), and for all rows elsewhere.
         early_exit: The tower stops behind the layer whose output is read.
+        config: Compression, for what it does inside the tower.
 
     Raises:
         ValueError: Not one number per layer.
@@ -243,10 +310,11 @@ def prefill_cost(
     run = tower.needed if early_exit else tower.layers
     patches = tower.crops * tower.patches
     embed = 2 * patches * tower.patch_values * tower.width
-    rows = tower.crops * tower.rows
-    moved = run * rows * (_NORM_PASSES * tower.width + _MLP_PASSES * tower.mlp)
+    inside = tower_parts(config, tower)[:run]
+    rows = tower.crops * sum(tower.rows if part is None else part.rows for part in inside)
+    moved = rows * (_NORM_PASSES * tower.width + _MLP_PASSES * tower.mlp)
     weights = run * tower.layer_weights() + tower.patch_values * tower.width
-    flops = batch * (embed + run * tower.layer_flops())
+    flops = batch * (embed + sum(map(tower.layer_flops, inside)))
     parts = [Part("tower", flops, weights * size, batch * moved * size)]
 
     mapped = min(visual[0], dims.projector_rows) if dims.before_projector else dims.projector_rows
@@ -319,7 +387,7 @@ def _clip_dims(config: Any, crops: int) -> ModelDims:
     length = patches + class_token
     tower = TowerDims(
         vision.num_hidden_layers, needed, vision.hidden_size, mlp, False, length, crops, 3 * vision.patch_size**2,
-        length**2, class_token,
+        length**2, class_token, vision.num_attention_heads,
     )  # fmt: skip
     rows = crops * (patches + (config.model_type == "video_llava"))  # its frames keep their class token
     before = config.model_type in ("llava", "llava_next")
@@ -371,7 +439,9 @@ def _merged_dims(
     vision, patches = config.vision_config, grid[0] * grid[1]
     square = vision.spatial_merge_size**2
     values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    tower = TowerDims(vision.depth, vision.depth, width, mlp, gated, patches, 1, values, pairs)
+    tower = TowerDims(
+        vision.depth, vision.depth, width, mlp, gated, patches, 1, values, pairs, False, vision.num_heads, square
+    )
     projector = ((width * square, width * square), (width * square, out)) * mergers
     return ModelDims(tower, projector, patches // square, _text_dims(config.text_config), False)
 

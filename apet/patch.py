@@ -33,7 +33,9 @@ class _Patch:
             return
         made = plan(adapter, config)
         self.prompt = PromptPatch(adapter, config, made.stages, made.keep_positions, made.size_bias)
-        self.encoder = EncoderPatch(adapter, made.vision, made.taps, made.per_frame, config, self.prompt.forwards)
+        self.encoder = EncoderPatch(
+            adapter, made.vision, made.taps, made.per_frame, config, self.prompt.forwards, made.tower
+        )
         self._handles = [*self.encoder.attach(), *self.prompt.attach()]
 
     def carry(self, handle: Attribute) -> None:

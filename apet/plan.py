@@ -2,14 +2,17 @@
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from apet.adapters import Adapter, host
 from apet.adapters.stages import Stage
 from apet.adapters.tower import TowerTap, upper_half
+from apet.adapters.tower_stage import TowerStage
 from apet.adapters.vision import VisionStage
 from apet.config import ApetConfig, StagePreset, check_not_growing
 from apet.methods import get_method, selector
 from apet.methods.base import Selector
-from apet.methods.context import missing_input
+from apet.methods.context import StageContext, missing_input
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,7 @@ class Plan:
         size_bias: Put the sizes of tokens into the decoder's attention.
         keep_positions: Surviving tokens keep their positions; else they are counted anew.
         per_frame: The vision budgets of videos are for each frame.
+        tower: What happens inside the vision towers, if anything.
     """
 
     vision: VisionStage | None
@@ -31,11 +35,13 @@ class Plan:
     size_bias: bool
     keep_positions: bool
     per_frame: bool
+    tower: TowerStage | None
 
 
 def is_empty(config: ApetConfig) -> bool:
     """Whether a configuration asks for no compression anywhere."""
-    return all(budget is None for budget in config.stage_budgets) and config.video_token_num is None
+    none = all(budget is None for budget in config.stage_budgets) and config.video_token_num is None
+    return none and not config.reduces_tower
 
 
 def plan(adapter: Adapter, config: ApetConfig) -> Plan:
@@ -52,19 +58,90 @@ def plan(adapter: Adapter, config: ApetConfig) -> Plan:
     if config.stage_budgets[0] is not None or config.video_token_num is not None:
         select = _selector(adapter, config, "vision", adapter.preset.vision)
     selects = [stage.select for stage in stages] + ([] if select is None else [select])
-    _check_options(adapter, config, selects)
+    tower = _tower_stage(adapter, config, select)
+    in_tower = [] if tower is None else list(tower.selects.values())
+    _check_options(adapter, config, selects, in_tower)
     size_bias = any(one.size_bias for one in selects)
     sizes = size_bias or any(stage.select.reads_sizes for stage in stages)
     taps = [] if select is None else _tower_taps(adapter, select)
     # Text is known when the prompt is put together: a method that reads it chooses among the embedded image tokens.
     embedded = adapter.projector is None or (select is not None and "text_embeddings" in select.needs)
     vision = None if adapter.projector is None else _vision_stage(adapter, config, select, embedded, taps, sizes)
-    if embedded and select is not None:
-        stages.insert(0, _embedded_stage(adapter, config, select))
-    elif config.stage_budgets[0] is not None:
+    drops = tower is not None and tower.mode != "restore"
+    if embedded and (select is not None or drops and vision is None):
+        # Without a budget every token is kept that the tower left, and nobody is asked.
+        stages.insert(0, _embedded_stage(adapter, config, select or _apet(adapter, config, "vision")))
+    elif config.stage_budgets[0] is not None or drops:
         stages.insert(0, Stage("vision", 0, config.stage_budgets[0], None))
     positions = adapter.preset.position_mode if config.position_mode == "auto" else config.position_mode
-    return Plan(vision, stages, taps, size_bias, positions == "keep", _per_frame(adapter, config))
+    return Plan(vision, stages, taps, size_bias, positions == "keep", _per_frame(adapter, config), tower)
+
+
+def _tower_stage(adapter: Adapter, config: ApetConfig, select: Selector | None) -> TowerStage | None:
+    """What happens inside the vision towers; None for nothing.
+
+    Raises:
+        ValueError: A setting without effect, or one that the family, its tower or the method cannot have.
+        UnknownHostError: A tower of another build.
+    """
+    mode, layers = config.tower_mode, config.tower_layer_list
+    _check_tower_options(config)
+    if not config.reduces_tower:
+        return None
+    if mode not in adapter.tower_modes:
+        possible = ", ".join(adapter.tower_modes) or "none"
+        raise ValueError(
+            f"tower_mode={mode!r} is not possible for {adapter.family} (possible: {possible}); leave it out"
+        )
+    if mode != "restore" and select is not None and "text_embeddings" in select.needs:
+        raise ValueError(
+            f"method {select.method.name!r} chooses among the embedded tokens, where those that the tower dropped are "
+            "blank; choose tower_mode='restore', or another method"
+        )
+    for tower in adapter.reducible_towers:
+        _check_tower(tower, mode)
+    last = adapter.tower_depth - 1
+    if layers and layers[-1] > last:
+        raise ValueError(
+            f"tower_layer_list={list(layers)}: the model reads features behind layer {last + 1} of the vision tower, "
+            f"so a stage can stand after layers 1..{last}"
+        )
+    budgets = dict(zip(layers, config.tower_token_list, strict=True))
+    selects = {layer: _apet(adapter, config, "tower", layer) for layer in layers} if mode == "merge" else {}
+    return TowerStage(mode, budgets, selects, config.tower_key_layers)
+
+
+def _apet(adapter: Adapter, config: ApetConfig, stage: str, layer: int = 0) -> Selector:
+    """The method that merges inside towers, whichever one chooses behind them."""
+    return Selector(get_method("apet"), StageContext(stage, adapter.preset.vision, config, layer))
+
+
+def _check_tower(tower: nn.Module, mode: str) -> None:
+    """Raise for a tower whose layers or attention the tower stage does not know."""
+    packed = host.packed_layers(tower)
+    if not packed and not host.tower_layers(tower):
+        raise ValueError(f"the tower stage does not know the layers of {type(tower).__name__}; leave it out")
+    host.prove_tower(tower)
+    name = host.attention_name(tower.config)
+    if not host.takes_other_keys(name):
+        raise ValueError(
+            f"the tower stage does not know whether attention {name!r} takes other keys than queries; load the model "
+            "with attn_implementation='sdpa', 'eager' or 'flash_attention_2'"
+        )
+    if packed and mode == "restore" and name.startswith("flash_attention"):
+        raise ValueError(
+            "tower_mode='restore' gives every segment of the vision tower further keys, which is not written for "
+            f"{name}, that takes all segments at once; load the model with attn_implementation='sdpa'"
+        )
+
+
+def _check_tower_options(config: ApetConfig) -> None:
+    """Raise for settings of the tower stage that have no effect."""
+    if config.tower_mode == "restore" and not config.tower_layer_list:
+        raise ValueError("tower_mode='restore' has no effect without a tower_layer_list; give one, or leave it out")
+    default = type(config).tower_key_layers
+    if config.tower_mode != "restore" and config.tower_key_layers != default:
+        raise ValueError(f"tower_key_layers={config.tower_key_layers} has no effect without tower_mode='restore'")
 
 
 def _check_layers(adapter: Adapter, config: ApetConfig) -> None:
@@ -109,7 +186,7 @@ def _check_budgets(adapter: Adapter, config: ApetConfig) -> None:
         check_not_growing(list(zip(names, config.stage_budgets, strict=True)))
 
 
-def _check_options(adapter: Adapter, config: ApetConfig, selects: list[Selector]) -> None:
+def _check_options(adapter: Adapter, config: ApetConfig, selects: list[Selector], in_tower: list[Selector]) -> None:
     """Raise for options that nothing in this configuration reads, or that no image of the model can follow."""
     if config.fps_start != "farthest" and adapter.crop_tokens is not None and config.fps_start >= adapter.crop_tokens:
         raise ValueError(
@@ -118,10 +195,11 @@ def _check_options(adapter: Adapter, config: ApetConfig, selects: list[Selector]
         )
     get_method(config.method, **config.method_options)
     changed = config.changed_options()
-    if not selects and (changed or config.method_options):
-        options = ", ".join(f"{name}={value!r}" for name, value in (changed | config.method_options).items())
+    idle = {} if selects else dict(config.method_options) | ({} if in_tower else changed)
+    if idle:
+        options = ", ".join(f"{name}={value!r}" for name, value in idle.items())
         raise ValueError(f"{options}: no effect without a budget; give visual_token_num or another one")
-    read = {name for select in selects for name in select.method.reads(config)}
+    read = {name for select in [*selects, *in_tower] for name in select.method.reads(config)}
     for name, value in changed.items():
         if name not in read:
             raise ValueError(

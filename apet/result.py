@@ -32,6 +32,23 @@ class StageResult:
 
 
 @dataclass(frozen=True)
+class TowerResult:
+    """One stage inside the vision tower, in one prefill.
+
+    Attributes:
+        layer: Layers of the tower that ran before.
+        kept: ``kept[sample][image]`` int64 (K,) patches that the later layers computed, ascending, counted through the
+            crops or frames of the image or video; the class token is none of them.
+        sources: ``sources[sample][image]`` int64 (P,) which of the K kept ones holds a patch's content; -1 where it was
+            dropped (after "restore" for a while, after "lossless" because another patch shows the same).
+    """
+
+    layer: int
+    kept: tuple[tuple[Tensor, ...], ...]
+    sources: tuple[tuple[Tensor, ...], ...]
+
+
+@dataclass(frozen=True)
 class CompressionResult:
     """Everything `apet.last_result` reports. Tensors stay on the model's device until they are read.
 
@@ -41,12 +58,15 @@ class CompressionResult:
         stages: Stages in the order they ran, the vision stage first. A configured stage whose budget reached an image's
             length is listed too, with everything kept.
         tokens_in: ``tokens_in[sample][image]`` visual tokens of the prompt before compression.
+        tower: Stages inside the vision tower, in the order they ran. What they merge away is missing from `kept` of the
+            vision stage, whose positions count all tokens as without them.
     """
 
     config: ApetConfig
     num_layers: int
     stages: tuple[StageResult, ...]
     tokens_in: tuple[tuple[int, ...], ...]
+    tower: tuple[TowerResult, ...] = ()
 
     def origin(self, stage: int = -1) -> tuple[tuple[Tensor, ...], ...]:
         """Positions left by `stage`, traced back to the image's tokens before compression: ``[sample][image]`` (K,)."""

@@ -176,6 +176,15 @@ def test_cells_are_the_uncompressed_one_and_methods_by_budgets_by_seeds():
     assert cells[-1].config == ApetConfig(64, method="random", seed=1)
 
 
+def test_further_settings_are_those_of_every_compressed_cell():
+    further = {"tower_layer_list": (2,), "tower_token_list": (288,)}
+    none, *others = plan.plan_cells(["apet", "random"], [64], 1, 576, 12, further)[0]
+    assert none.config.tower_layer_list == ()
+    assert [(cell.config.tower_layer_list, cell.config.tower_token_list) for cell in others] == [((2,), (288,))] * 2
+    (skip,) = plan.plan_cells(["apet"], [64], 1, 576, 12, {"tower": 3})[1]
+    assert "unknown ApetConfig field 'tower'" in skip.reason
+
+
 def test_an_unreachable_budget_is_a_skip_with_its_reason():
     cells, (skip,) = plan.plan_cells(["fastv"], [192, 32], 1, 576, 12)
     assert [cell.name for cell in cells] == ["none", "fastv-192"]

@@ -43,7 +43,7 @@ LAYERS = (
         ("apet.config", "apet.core", "apet.adapters", "apet.result"),
         ("torch", "transformers", "numpy"),
     ),
-    Layer("apet.plan", MODEL_SIDE),
+    Layer("apet.plan", MODEL_SIDE, ("torch",)),
     Layer("apet.patch", (*MODEL_SIDE, "apet.plan"), ("torch",)),
     Layer("apet.families", ("apet.config", "apet.adapters")),
     Layer("apet.cost", (*MODEL_SIDE, "apet.patch"), ("torch",)),

@@ -21,10 +21,15 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 TOWERS = {"clip": (CLIPVisionConfig, {"intermediate_size": 48}), "dinov2": (Dinov2Config, {"mlp_ratio": 2})}
 
 
-def tiny_llava(attention: str = "sdpa", layers: int = 4, tower: str = "clip") -> LlavaForConditionalGeneration:
-    """A LLaVA-1.5 of 25 visual tokens per image (70 px, patch 14), 4 decoder layers, vocabulary 96."""
+def tiny_llava(
+    attention: str = "sdpa", layers: int = 4, tower: str = "clip", depth: int = 3
+) -> LlavaForConditionalGeneration:
+    """A LLaVA-1.5 of 25 visual tokens per image (70 px, patch 14), 4 decoder layers, vocabulary 96.
+
+    `depth` are the layers of its tower.
+    """
     kind, own = TOWERS[tower]
-    vision = kind(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, image_size=70, patch_size=14, **own)
+    vision = kind(hidden_size=24, num_hidden_layers=depth, num_attention_heads=2, image_size=70, patch_size=14, **own)
     text = LlamaConfig(
         vocab_size=VOCAB, hidden_size=48, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, bos_token_id=1, eos_token_id=None,

@@ -50,6 +50,7 @@ class Adapter:
         position_axes: Rows of the rotary positions: 1, or 3 (time, height, width) with M-RoPE.
         runs_are_items: Encoded images whose placeholders touch are tiles of one image.
         no_class_token: Why nobody can ask for the attention of a class token, where `class_token_towers` is empty.
+        tower_modes: Modes of the tower stage (`ApetConfig.tower_mode`) that the family can have.
     """
 
     family: ClassVar[str]
@@ -60,6 +61,7 @@ class Adapter:
     position_axes: ClassVar[int] = 1
     runs_are_items: ClassVar[bool] = False
     no_class_token: ClassVar[str] = "the vision tower has no class token"
+    tower_modes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -109,6 +111,24 @@ class Adapter:
     def class_token_towers(self) -> list[nn.Module]:
         """Those of `towers` with a class token in front of patches that become tokens one by one."""
         return [tower for tower in self.towers if host.has_class_token(tower)]
+
+    @property
+    def reducible_towers(self) -> list[nn.Module]:
+        """Vision models that a tower stage can run in."""
+        return self.towers
+
+    @property
+    def tower_depth(self) -> int:
+        """Layers of these in front of the features that are read.
+
+        Raises:
+            ValueError: Features of several layers are read.
+        """
+        layer = self.model.config.vision_feature_layer
+        if not isinstance(layer, int):
+            raise ValueError(f"the model joins the features of several tower layers (vision_feature_layer={layer})")
+        count = min(len(host.tower_layers(tower)) for tower in self.towers)
+        return layer if layer >= 0 else count + 1 + layer
 
     @property
     def crop_tokens(self) -> int | None:

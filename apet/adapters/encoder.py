@@ -17,6 +17,8 @@ from apet.adapters import host
 from apet.adapters.base import Adapter
 from apet.adapters.hooks import InFlight, Removable, Wrapped
 from apet.adapters.tower import TowerDepth, TowerTap
+from apet.adapters.tower_packed import PackedReduction
+from apet.adapters.tower_stage import TowerReduction, TowerStage, exchange_attention
 from apet.adapters.vision import Encoding, ImageLayout, VisionStage
 
 CARRIED = "apet"
@@ -32,6 +34,7 @@ class EncoderPatch:
         per_frame: Videos are compressed frame by frame, so the borders of the frames are needed.
         settings: Configuration; a forward takes only what was encoded under its own.
         forwards: Forwards of the model in flight.
+        tower: What happens inside the towers, if anything.
     """
 
     def __init__(
@@ -42,15 +45,18 @@ class EncoderPatch:
         per_frame: bool,
         settings: Any,
         forwards: InFlight,
+        tower: TowerStage | None = None,
     ) -> None:
-        self._adapter, self._vision, self._taps = adapter, vision, taps
+        self._adapter, self._vision, self._taps, self._tower = adapter, vision, taps, tower
         self._per_frame, self._settings, self._forwards = per_frame, settings, forwards
         self._encodings = InFlight() if vision is None else vision.encodings
 
     def attach(self) -> list[Removable]:
         """Wrap and hook; returns the handles."""
-        depth = max((tap.depth for tap in self._taps), default=0)
-        handles = [handle for tower in self._adapter.towers for handle in TowerDepth(tower, depth).attach()]
+        depth, towers = max((tap.depth for tap in self._taps), default=0), self._adapter.towers
+        handles = self._reduce_towers()
+        # Outside of the stage's wrappers, so that these never see a layer that is skipped.
+        handles += [handle for tower in towers for handle in TowerDepth(tower, depth).attach()]
         if self._vision is not None:
             handles += self._vision.attach()
         else:
@@ -58,6 +64,17 @@ class EncoderPatch:
         for kind in range(len(self._adapter.placeholder_ids)):
             around = functools.partial(self._encode, kind)
             handles.append(Wrapped(self._adapter.base_model, host.ENCODERS[kind], around))
+        return handles
+
+    def _reduce_towers(self) -> list[Removable]:
+        """Let the tower stage run in the towers; returns the handles."""
+        if self._tower is None:
+            return []
+        extras, towers = InFlight(), self._adapter.reducible_towers
+        handles = exchange_attention(towers, extras)
+        for tower in towers:
+            reduction = PackedReduction if host.packed_layers(tower) else TowerReduction
+            handles += reduction(tower, self._tower, self._encodings, extras).attach()
         return handles
 
     @contextmanager
@@ -74,6 +91,7 @@ class EncoderPatch:
         if outer is not None and outer.owner is forward:  # a video encoder may call the one for images
             return original(*args, **kwargs)
         given = host.by_name(host.argument_names(original), args) | kwargs
+        self._check_layer(given.get("vision_feature_layer"))
         encoding = Encoding(self._adapter.crop_layouts(given), forward, self._settings)
         if self._vision is not None:
             self._vision.check_images(len(encoding.layouts or given["pixel_values"]))
@@ -89,6 +107,15 @@ class EncoderPatch:
             forward.encoded[kind] = encoding
         return output
 
+    def _check_layer(self, layer: Any) -> None:
+        """Raise where a call asks for features of another layer than the tower stage was planned for."""
+        known = getattr(self._adapter.model.config, "vision_feature_layer", None)
+        if self._tower is not None and layer not in (None, known):
+            raise ValueError(
+                f"vision_feature_layer={layer} is not the layer that the tower stage was checked for; set it "
+                "in the model's configuration before patching, or leave tower_layer_list empty"
+            )
+
     @torch.compiler.disable
     def _note(self, kind: int, encoding: Encoding, output: Any, given: Mapping[str, Any]) -> None:
         """Lengths and roles of tokens that are compressed behind the projector."""
@@ -98,4 +125,6 @@ class EncoderPatch:
         else:
             encoding.items = self._adapter.video_items(features, given, self._per_frame)
         if self._taps:
-            encoding.tower = self._taps[kind].call(encoding.notes, *features.shape[:2])
+            encoding.tower = self._taps[kind].call(encoding.notes, *features.shape[:2], cuts=encoding.cuts)
+        if encoding.dropped is not None:
+            encoding.items = encoding.without_dropped()

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, Cache, CompileConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.vision_utils import get_vision_window_index
 
 # What CI runs; requirements.txt has the same range.
 TESTED = ">=5.17,<5.25"
@@ -349,26 +350,174 @@ def decoder_attention(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Te
 
 
 def tower_attention(layer: nn.Module, hidden: Tensor) -> AttentionCall:
-    """The attention of a layer of a CLIP or DINOv2 tower whose input is `hidden` (C, P, D)."""
+    """The attention of a layer of a CLIP, SigLIP or DINOv2 tower whose input is `hidden` (C, P, D)."""
     if hasattr(layer, "self_attn"):
         return AttentionCall(layer.self_attn, layer.layer_norm1(hidden), {"attention_mask": None})
-    # DINOv2, whose queries and keys are made one module further inside up to 5.22.
-    inner = getattr(layer.attention, "attention", layer.attention)
-    return AttentionCall(inner, layer.norm1(hidden), {})
+    return AttentionCall(tower_attention_module(layer), layer.norm1(hidden), {})
+
+
+def tower_attention_module(layer: nn.Module) -> nn.Module:
+    """The module of such a layer that looks up its attention function.
+
+    DINOv2 makes queries and keys one module further inside before 5.20.
+    """
+    attention = getattr(layer, "self_attn", None) or layer.attention
+    return getattr(attention, "attention", attention)
+
+
+def tower_keys_values(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (C, n, D) that a tower layer makes of rows of its input (C, n, D), heads side by side."""
+    call = tower_attention(layer, hidden)
+    names = next(pair for pair in _KEYS_VALUES if hasattr(call.module, pair[0]))
+    return tuple(getattr(call.module, name)(call.hidden) for name in names)
+
+
+# The projections of keys and values; DINOv2 has the second names before 5.20.
+_KEYS_VALUES = (("k_proj", "v_proj"), ("key", "value"))
+
+
+def tower_attention_modules(tower: nn.Module) -> list[nn.Module]:
+    """The modules of a tower, packed or not, that look up their attention function."""
+    return [tower_attention_module(layer) for layer in tower_layers(tower)] + [
+        layer.attn for layer in packed_layers(tower)
+    ]
+
+
+def prove_tower(tower: nn.Module) -> None:
+    """Check that a tower's layers are built as the tower stage reads them.
+
+    Raises:
+        UnknownHostError: Something is missing; the message names it.
+    """
+    for layer in packed_layers(tower)[:1]:
+        for name in ("attn", "norm1"):
+            _expect(hasattr(layer, name), f"{type(layer).__name__} has no {name!r}")
+        for name in ("hidden_states", *_PACKED_READS):
+            known = argument_names(layer.forward)
+            _expect(name in known, f"{type(layer).__name__}.forward has no argument {name!r}")
+        _expect("grid_thw" in argument_names(tower.forward), f"{type(tower).__name__}.forward has no 'grid_thw'")
+        _expect(
+            layer.attn.config is tower.config, f"{type(layer.attn).__name__} does not share its tower's configuration"
+        )
+    for layer in tower_layers(tower)[:1]:
+        norm = "layer_norm1" if hasattr(layer, "self_attn") else "norm1"
+        for name in (norm, "self_attn" if hasattr(layer, "self_attn") else "attention"):
+            _expect(hasattr(layer, name), f"{type(layer).__name__} has no {name!r}")
+        module = tower_attention_module(layer)
+        kind = type(module).__name__
+        _expect(any(all(hasattr(module, name) for name in pair) for pair in _KEYS_VALUES), f"{kind} has no 'k_proj'")
+        _expect(module.config is tower.config, f"{kind} does not share the configuration of its tower")
+        first = next(iter(argument_names(layer.forward)), None)
+        _expect(first == "hidden_states", f"{type(layer).__name__}.forward does not begin with 'hidden_states'")
+
+
+def check_no_tower_mask(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """A tower layer must see all patches: a mask would have to be cut with them.
+
+    Raises:
+        UnknownHostError: It is given a mask.
+    """
+    masked = any(isinstance(value, Tensor) for value in args[1:]) or kwargs.get("attention_mask") is not None
+    _expect(not masked, "a layer of the vision tower is given an attention mask")
+
+
+def tower_pixels(forward: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """What a tower is given: its first argument, pixels (C, 3, H, W) or, of a packed one, values (S, V) of patches."""
+    name = argument_names(forward)[0]
+    _expect(bool(args) or kwargs.get(name) is not None, "the vision tower is called without pixels")
+    return args[0] if args else kwargs[name]
+
+
+def patch_side(tower: nn.Module) -> int:
+    """Pixels of a side of a patch."""
+    return tower.config.patch_size
+
+
+def check_patches(fine: bool) -> None:
+    """Raise where the layers of a tower get other rows than the class token and the patches of its pixels."""
+    _expect(fine, "the layers of the vision tower get other rows than the patches of its pixels")
+
+
+# Towers whose pictures stand one behind the other in one sequence (Qwen-VL)
+
+_PACKED_READS = ("cu_seqlens", "position_embeddings")
+
+
+def packed_layers(tower: nn.Module) -> Sequence[nn.Module]:
+    """Layers of such a tower in order; none for another."""
+    return getattr(tower, "blocks", ())
+
+
+def packed_unit(tower: nn.Module) -> int:
+    """Patches that the merger makes one token of."""
+    return tower.config.spatial_merge_size**2
+
+
+def packed_side(tower: nn.Module) -> int:
+    """Patches of a side of these."""
+    return tower.config.spatial_merge_size
+
+
+def packed_grid(forward: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """(pictures, 3) time, rows and columns of patches, from the arguments of a tower's forward."""
+    given = by_name(argument_names(forward), args) | dict(kwargs)
+    _expect(given.get("grid_thw") is not None, "the vision tower is called without 'grid_thw'")
+    return given["grid_thw"]
+
+
+def packed_order(tower: nn.Module, grid: Tensor) -> Tensor:
+    """(G,) token that every group of patches becomes: a tower with windows moves them together."""
+    count = int(grid.prod(-1).sum()) // packed_unit(tower)
+    if not hasattr(tower, "fullatt_block_indexes"):
+        return torch.arange(count, device=grid.device)
+    order, _ = get_vision_window_index(
+        grid, spatial_merge_size=tower.spatial_merge_size, window_size=tower.window_size, patch_size=tower.patch_size
+    )
+    return order.to(grid.device)
+
+
+def packed_inputs(kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Borders of the segments (n + 1,) and rotary embeddings (cos, sin) that a layer is given."""
+    for name in _PACKED_READS:
+        _expect(kwargs.get(name) is not None, f"a layer of the vision tower is called without {name!r}")
+    return tuple(kwargs[name] for name in _PACKED_READS)
+
+
+def with_packed_inputs(kwargs: Mapping[str, Any], borders: Tensor, rotary: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    """A layer's keyword arguments with other segments; the longest of them is an upper bound as it was."""
+    return {**kwargs, **dict(zip(_PACKED_READS, (borders, rotary), strict=True))}
+
+
+def packed_attention(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> AttentionCall:
+    """The attention of such a layer over rows (S, D) of one segment."""
+    borders = torch.tensor([0, len(hidden)], dtype=torch.int32, device=hidden.device)
+    return AttentionCall(layer.attn, layer.norm1(hidden), dict(zip(_PACKED_READS, (borders, rotary), strict=True)))
+
+
+def check_segments(fine: bool) -> None:
+    """Raise where the attention of a packed tower does not go through its segments one by one, or all at once."""
+    _expect(fine, "the vision tower's attention does not go through its segments in order")
+
+
+def takes_other_keys(name: str) -> bool:
+    """Whether an attention implementation is known to take more keys than queries, and heads of any multiple of 8."""
+    return name in ("eager", "sdpa") or name.startswith("flash_attention")
 
 
 class Projected(NamedTuple):
-    """What an attention module would compare.
+    """What an attention module would compare, and mix.
 
     Attributes:
         queries: (B, heads, L, d).
         keys: (B, kv_heads, L, d).
         scale: Factor of their products.
+        values: (B, kv_heads, L, d).
     """
 
     queries: Tensor
     keys: Tensor
     scale: float
+    values: Tensor
 
     def scores(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Scaled products (G, heads, Q, L) of the queries at `columns` (G, Q) of rows (G, 1) with all keys.
@@ -392,7 +541,7 @@ class _Taken(Exception):
 
 def _take(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> NoReturn:
     scale = kwargs.get("scaling")
-    raise _Taken(Projected(query, key, query.shape[-1] ** -0.5 if scale is None else scale))
+    raise _Taken(Projected(query, key, query.shape[-1] ** -0.5 if scale is None else scale, value))
 
 
 register_attention(_PROBE, _take)

@@ -17,6 +17,9 @@ from apet.core.constants import on_device
 
 TEXT, PADDING = -1, -2
 NEWLINE = -1
+# In `Layout.lines`: a token whose content the vision tower merged away. Coded like the newline of a line that has no
+# tokens, it is never chosen and never stays.
+BLANK = -(2**40)
 
 
 @dataclass(frozen=True)
@@ -111,6 +114,12 @@ class Unit:
     def columns(self) -> np.ndarray:
         """(length,) columns of the row."""
         return np.concatenate([np.arange(block.start, block.start + block.length) for block in self.blocks])
+
+    @property
+    def blank(self) -> np.ndarray | None:
+        """(length,) bool, columns that the vision tower left without content; None if there are none."""
+        blank = None if self.lines is None else self.lines <= BLANK // 2
+        return blank if blank is not None and blank.any() else None
 
     def parts(self) -> Iterator[tuple[Block, int]]:
         """Every block and the position at which it begins."""

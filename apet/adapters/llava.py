@@ -23,6 +23,7 @@ class Llava(Adapter):
     model_types = ("llava",)
     classes = ("LlavaForConditionalGeneration",)
     proof = ("tests/test_patch_reference.py",)
+    tower_modes = ("merge", "restore", "lossless")
 
     @property
     def projector(self) -> nn.Module:

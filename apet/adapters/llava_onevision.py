@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from apet.adapters import host
 from apet.adapters.base import Adapter, UsualImage, register
@@ -23,6 +23,12 @@ class LlavaOnevision(Adapter):
     classes = ("LlavaOnevisionForConditionalGeneration",)
     videos = "frames in one block, one newline at its end"
     proof = ("tests/test_patch_families.py",)
+    tower_modes = ("restore",)
+
+    @property
+    def towers(self) -> list[nn.Module]:
+        """SigLIP."""
+        return [self.base_model.vision_tower]
 
     @property
     def usual_image(self) -> UsualImage:
@@ -50,7 +56,7 @@ class LlavaOnevision(Adapter):
             rows = (side // config.vision_config.patch_size) ** 2 if crops > 1 else len(one) - 1
             columns = self._columns(crops, rows, size, ratio)
             grid = square(rows) if crops == 1 else None
-            items.append(Item((len(one),), ImageLayout(crops, rows, columns).lines, grid=grid))
+            items.append(Item((len(one),), ImageLayout(crops, rows, columns).lines, grid=grid, crops=crops))
         return items
 
     def video_items(self, features: Sequence[Tensor], given: Mapping[str, Any], per_frame: bool) -> list[Item]:
@@ -62,7 +68,7 @@ class LlavaOnevision(Adapter):
         lines = np.zeros(frames * size + 1, dtype=np.int64)
         lines[-1] = -2
         segments = (size,) * (frames - 1) + (size + 1,) if per_frame else (len(lines),)
-        return [Item(segments, lines, True, square(size))] * len(features)
+        return [Item(segments, lines, True, square(size), frames)] * len(features)
 
     def _columns(self, crops: int, rows: int, size: Sequence[int], ratio: str) -> np.ndarray:
         """(T,) NEWLINE for the newlines of an image's tokens, as the host arranges its crops of `rows` patches."""

@@ -27,7 +27,7 @@ from apet.adapters.size_bias import LARGEST, SizeBias
 from apet.adapters.stages import Stage, StageRun, choose, gather, report
 from apet.adapters.vision import Encoding
 from apet.config import ApetConfig
-from apet.result import CompressionResult, StageResult
+from apet.result import CompressionResult, StageResult, TowerResult
 
 # Keyword arguments of a base model that are the patch's own, not the host's.
 _OWN = ("visual_items", "visual_encoding", host.RESULTS)
@@ -215,7 +215,31 @@ class PromptPatch:
             for run in forward.runs
         ]
         tokens_in = _by_row(forward.prompt, lengths, rows)
-        return CompressionResult(self._config, len(self._adapter.layers), tuple(stages), tokens_in)
+        layers = len(self._adapter.layers)
+        return CompressionResult(self._config, layers, tuple(stages), tokens_in, self._tower_results(forward))
+
+    def _tower_sizes(self, forward: Forward, sizes: Tensor) -> Tensor:
+        """Tokens (B, L) behind every column: more than one where the vision tower merged some."""
+        for item in forward.prompt:
+            origin = item.blocks[0].origin
+            own = forward.encoded[int(origin.video)].token_sizes(origin.number, item.length)
+            if own is not None:
+                sizes[item.row, to_device(item.columns, sizes.device)] = own
+        return sizes
+
+    def _tower_results(self, forward: Forward) -> tuple[TowerResult, ...]:
+        """What the tower stages left of the prompt's images and videos."""
+        results = []
+        for layer in sorted({cut.layer for encoding in forward.encoded.values() for cut in encoding.cuts}):
+            found = []
+            for item in forward.prompt:
+                origin = item.blocks[0].origin
+                encoding = forward.encoded[int(origin.video)]
+                found += [cut.of(encoding.crops_of(origin.number)) for cut in encoding.cuts if cut.layer == layer]
+            kept, sources = zip(*found, strict=True)
+            by_row = (_by_row(forward.prompt, values, forward.rows) for values in (kept, sources))
+            results.append(TowerResult(layer, *by_row))
+        return tuple(results)
 
     # The text model and its layers
 
@@ -247,7 +271,7 @@ class PromptPatch:
         last = to_device(forward.layout.last_valid, embeds.device).view(-1, 1).expand(*forward.positions.shape[:-1], 1)
         forward.state = PromptState(embeds.shape[1], forward.positions.gather(-1, last))
         if self._sizes:
-            forward.sizes = torch.ones(embeds.shape[:2], device=embeds.device)
+            forward.sizes = self._tower_sizes(forward, torch.ones(embeds.shape[:2], device=embeds.device))
         forward.entry = (embeds, forward.layout) if self._asks else None
         if 0 not in self._stages:
             return kwargs

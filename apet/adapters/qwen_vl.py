@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
+from apet.adapters import host
 from apet.adapters.base import Adapter, UsualImage, register
 from apet.adapters.layout import Item, Layout, to_device
 
@@ -25,6 +26,17 @@ class Qwen2VL(Adapter):
     videos = "one block; a frame is a pair of pictures"
     proof = ("tests/test_patch_families.py",)
     position_axes = 3
+    tower_modes = ("merge", "restore", "lossless")
+
+    @property
+    def reducible_towers(self) -> list[nn.Module]:
+        """The vision model; all its layers are read."""
+        return [self.base_model.visual]
+
+    @property
+    def tower_depth(self) -> int:
+        """All of them."""
+        return len(host.packed_layers(self.base_model.visual))
 
     @property
     def usual_image(self) -> UsualImage:
@@ -43,11 +55,12 @@ class Qwen2VL(Adapter):
 
     def video_items(self, features: Sequence[Tensor], given: Mapping[str, Any], per_frame: bool) -> list[Item]:
         """Frames are the steps of the video's grid in time."""
-        steps = given["video_grid_thw"][:, 0].tolist() if per_frame else [1] * len(features)
+        frames = given["video_grid_thw"][:, 0].tolist()
+        steps = frames if per_frame else [1] * len(features)
         grids = self._grids(given["video_grid_thw"])
         return [
-            Item((len(one) // step,) * step, video=True, grid=grid)
-            for one, step, grid in zip(features, steps, grids, strict=True)
+            Item((len(one) // step,) * step, video=True, grid=grid, crops=count)
+            for one, step, grid, count in zip(features, steps, grids, frames, strict=True)
         ]
 
     def _grids(self, patches: Tensor) -> list[tuple[int, int]]:
@@ -77,6 +90,7 @@ class Qwen3VL(Qwen2VL):
     model_types = ("qwen3_vl",)
     classes = ("Qwen3VLForConditionalGeneration",)
     videos = "one block per frame; a frame is a pair of pictures"
+    tower_modes = ()
 
     @property
     def first_stage_layer(self) -> int:

@@ -138,7 +138,10 @@ class Choice:
 
 
 def whole(unit: Unit, device: torch.device) -> Choice:
-    """All columns of a unit."""
+    """All columns of a unit, but those without content."""
+    if unit.blank is not None:
+        columns = np.flatnonzero(~unit.blank)
+        return Choice(columns, torch.from_numpy(columns))
     way = unit.length if len(unit.blocks) == 1 else np.arange(unit.length)
     return Choice(way, torch.arange(unit.length, device=device))
 
@@ -323,7 +326,9 @@ def _counts(rules: Sequence[Stage], units: Sequence[Unit], candidates: Sequence[
     counts = []
     for rule, unit, columns in zip(rules, units, candidates, strict=True):
         items = sorted({other.item for other, its in zip(units, rules, strict=True) if its is rule})
-        count = budget_for(rule.budget, len(columns), items.index(unit.item), len(items))
+        # A share is one of the tokens that the picture has without what happened in the tower.
+        tokens = len(columns) + (0 if unit.blank is None else int(unit.blank.sum()))
+        count = min(len(columns), budget_for(rule.budget, tokens, items.index(unit.item), len(items)))
         if rule.per_crop and not isinstance(rule.budget, float):
             count = min(len(columns), count * unit.blocks[0].origin.crops)
         counts.append(count)

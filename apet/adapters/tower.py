@@ -16,6 +16,7 @@ from apet.adapters import host
 from apet.adapters.hooks import InFlight, Removable, Wrapped
 from apet.adapters.layout import Unit
 from apet.adapters.stages import Group
+from apet.adapters.tower_stage import TowerCut
 
 
 class TowerDepth:
@@ -73,21 +74,34 @@ class TowerCall:
         inputs: Per layer asked for, (C, 1 + P, D) what entered it: the class token first.
         features: (C, N, D_v) what entered the projector; None if nobody asked.
         shape: C crops and N rows of each.
+        cuts: What the tower stages left, in the order they ran.
     """
 
     def __init__(
-        self, layers: nn.ModuleList, inputs: dict[int, Tensor], features: Tensor | None, shape: tuple[int, int]
+        self,
+        layers: nn.ModuleList,
+        inputs: dict[int, Tensor],
+        features: Tensor | None,
+        shape: tuple[int, int],
+        cuts: Sequence[TowerCut] = (),
     ) -> None:
         self.features, self.shape = features, shape
-        self._layers, self._inputs = layers, inputs
+        self._layers, self._inputs, self._cuts = layers, inputs, cuts
         self._projected: dict[int, host.Projected] = {}
 
     def attention(self, layer: int) -> Tensor:
-        """(C, N, heads) attention of the class token to every row."""
+        """(C, N, heads) attention of the class token to every row, as the layer sees them.
+
+        Merged rows count for what they stand for, rows merged away have none. Behind a stage that restores its rows,
+        they are looked at as restored, also in layers that leave them out.
+        """
         projected = self._project(layer)
         crops = torch.arange(len(projected.queries), device=projected.queries.device).unsqueeze(-1)
-        attention = projected.scores(crops, torch.zeros_like(crops)).softmax(-1)[:, :, 0]
-        return attention.transpose(1, 2)[:, -self.shape[1] :]
+        scores = projected.scores(crops, torch.zeros_like(crops))[:, :, 0]
+        before = [cut for cut in self._cuts if cut.layer <= layer % len(self._layers) and cut.mode != "restore"]
+        if before:
+            scores = scores + before[-1].spread(before[-1].log_sizes, -torch.inf).unsqueeze(1)
+        return scores.softmax(-1).transpose(1, 2)[:, -self.shape[1] :]
 
     def keys(self, layer: int) -> Tensor:
         """(C, N, heads, d) keys of every row, bias included."""
@@ -167,7 +181,14 @@ class TowerTap:
             for key, module in modules
         ]
 
-    def call(self, notes: dict[int | None, Tensor], crops: int, rows: int, features: Tensor | None = None) -> TowerCall:
+    def call(
+        self,
+        notes: dict[int | None, Tensor],
+        crops: int,
+        rows: int,
+        features: Tensor | None = None,
+        cuts: Sequence[TowerCut] = (),
+    ) -> TowerCall:
         """What was noted of a call about so many crops.
 
         Args:
@@ -175,6 +196,7 @@ class TowerTap:
             crops: Crops that were encoded.
             rows: Rows of each.
             features: What entered the projector, where it is not noted here.
+            cuts: What the tower stages left.
 
         Raises:
             ValueError: The tower did not run on them.
@@ -186,7 +208,7 @@ class TowerTap:
                 "pixels, not what the tower made of them before"
             )
         inputs = {key: notes[key] for key in self._wanted}
-        return TowerCall(self._layers, inputs, notes.get(None, features), (crops, rows))
+        return TowerCall(self._layers, inputs, notes.get(None, features), (crops, rows), cuts)
 
 
 def _note(encodings: InFlight, key: int | None, module: nn.Module, args: tuple, kwargs: dict) -> None:

@@ -22,6 +22,7 @@ class VideoLlava(Adapter):
     classes = ("VideoLlavaForConditionalGeneration",)
     videos = "frames in one block, each with its class token"
     proof = ("tests/test_patch_families.py",)
+    tower_modes = ("merge", "restore", "lossless")
 
     @property
     def towers(self) -> list[nn.Module]:
@@ -52,7 +53,7 @@ class VideoLlava(Adapter):
         frames = given["pixel_values_videos"].shape[1]
         length = features.shape[1]
         segments = (length,) * frames if per_frame else (length * frames,)
-        item = Item(segments, _frame_lines(frames, length), True, square(length - 1))
+        item = Item(segments, _frame_lines(frames, length), True, square(length - 1), frames)
         return [item] * (len(features) // frames)
 
 

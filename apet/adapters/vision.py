@@ -7,7 +7,7 @@ then drops the columns of the zero rows (`adapters.prompt`), which it finds thro
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from apet.adapters.hooks import InFlight, Removable
-from apet.adapters.layout import NEWLINE, PADDING, Block, Item, Layout, Segment, Unit, follows, square, to_device
+from apet.adapters.layout import BLANK, NEWLINE, PADDING, Block, Item, Layout, Segment, Unit, follows, square, to_device
 from apet.adapters.stages import Budget, Choice, Group, Select, budget_for, groups_of, whole
 from apet.adapters.tower import TowerCall, TowerTap
+from apet.adapters.tower_packed import PackedCut
+from apet.adapters.tower_stage import TowerCut
 from apet.core.types import token_sizes
 
 
@@ -123,6 +125,7 @@ class Encoding:
         items: The images or videos as they go into a prompt.
         tower: What the tower did, where methods read it.
         kept: Per crop the kept rows, between the two hooks of the projector.
+        cuts: What the tower stages left, in the order they ran.
     """
 
     layouts: Sequence[ImageLayout] | None = None
@@ -133,6 +136,33 @@ class Encoding:
     items: Sequence[Item] | None = None
     tower: TowerCall | None = None
     kept: list[Tensor] | None = None
+    cuts: list[TowerCut | PackedCut] = field(default_factory=list)
+
+    @property
+    def dropped(self) -> TowerCut | PackedCut | None:
+        """What the tower left, where it did not put back what it dropped."""
+        return self.cuts[-1] if self.cuts and self.cuts[-1].mode != "restore" else None
+
+    def crops_of(self, number: int) -> slice:
+        """The crops of an image or video, among all that were encoded."""
+        counts = [item.crops for item in self.items]
+        return slice(sum(counts[:number]), sum(counts[: number + 1]))
+
+    def without_dropped(self) -> list[Item]:
+        """The items, where tokens are chosen behind the projector, with what the tower merged away for blanks."""
+        items = []
+        for number, item in enumerate(self.items):
+            count = sum(item.segments)
+            alive = self.dropped.tokens_alive(self.crops_of(number), count)
+            lines = np.full(count, -1) if item.lines is None else item.lines
+            items.append(replace(item, lines=np.where(alive, lines, BLANK)))
+        return items
+
+    def token_sizes(self, number: int, count: int) -> Tensor | None:
+        """Tokens behind each of an item's; None where the tower merged none, or in front of the projector."""
+        if self.dropped is None or self.records is not None:
+            return None
+        return self.dropped.token_sizes(self.crops_of(number), count)
 
     def arranged(self, crops: int, length: int) -> Sequence[ImageLayout]:
         """The layouts of a call about so many crops of so many rows.
@@ -225,19 +255,22 @@ class VisionStage:
             return args
         crops, length = features.shape[:2]
         encoding.layouts = encoding.arranged(crops, length)
-        encoding.tower = None if self._tap is None else self._tap.call(encoding.notes, crops, length, features)
+        tap, notes = self._tap, encoding.notes
+        encoding.tower = None if tap is None else tap.call(notes, crops, length, features, encoding.cuts)
         encoding.records = tuple(ImageRecord(layout, None) for layout in encoding.layouts)
         encoding.kept = None
-        if self._select is None or self._select.features == "post_projector":
+        _check_tower(encoding, crops)
+        idle = self._select is None and encoding.dropped is None
+        if idle or (self._select is not None and self._select.features == "post_projector"):
             return args
         return (self._compress(encoding, features, features), *args[1:])
 
     def _after(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Put the projected rows back in their places, zeros between them."""
         encoding = self.encodings.top
-        if encoding is None or self._select is None:
+        if encoding is None or (self._select is None and encoding.dropped is None):
             return output
-        if self._select.features == "post_projector":
+        if self._select is not None and self._select.features == "post_projector":
             output = self._compress(encoding, output, args[0])
         encoding.tower = None
         if encoding.kept is None:
@@ -254,19 +287,24 @@ class VisionStage:
     @torch.compiler.disable
     def _compress(self, encoding: Encoding, tokens: Tensor, features: Tensor) -> Tensor:
         """Kept rows (C, K, D) of `tokens`, filled up with zeros; all of them where every crop is kept whole."""
-        units = self._units(encoding.layouts)
+        units = self._units(encoding)
         counts = self._counts(encoding, features, units)
-        if all(count is None for count in counts):
+        if all(count is None for count in counts) and encoding.dropped is None:
             return tokens
         return self._keep(encoding, tokens, units, counts)
 
-    def _units(self, layouts: Sequence[ImageLayout]) -> list[Unit]:
-        """Every crop as what the method chooses from: the rows that the prompt shows, or all of them as published."""
-        shown = np.concatenate([layout.shown for layout in layouts])
+    def _units(self, encoding: Encoding) -> list[Unit]:
+        """Every crop as what the method chooses from: the rows that the prompt shows, or all of them as published.
+
+        Rows that the tower merged away are none of them; which these are is read from the device.
+        """
+        shown = np.concatenate([layout.shown for layout in encoding.layouts]) | self._published
+        if encoding.dropped is not None:
+            shown = shown & encoding.dropped.alive(shown.shape[1]).cpu().numpy()
         crops = np.arange(len(shown)).reshape(-1, 1)
         grid = square(shown.shape[1])
         segments = tuple(Segment(crop, number=crop, grid=grid) for crop in range(len(shown)))
-        return Layout(np.where(shown | self._published, crops, PADDING), segments=segments).units(_by_segment)
+        return Layout(np.where(shown, crops, PADDING), segments=segments).units(_by_segment)
 
     def _counts(self, encoding: Encoding, features: Tensor, units: Sequence[Unit]) -> list[int | None]:
         """Tokens to keep of every crop; None for one that is kept whole."""
@@ -287,7 +325,7 @@ class VisionStage:
         halves = [max(1, unit.length // 2) for unit in units]
         mass = features.new_zeros(len(units), dtype=torch.float64)
         for group in self._groups(encoding, units, halves, features):
-            errors = group.select(self._select, features, None, encoding.tower).errors
+            errors = group.select(self._select, features, self._sizes(encoding, features), encoding.tower).errors
             mass[to_device(np.array(group.members), mass.device)] = errors.square().sum(-1).double()
         mass, lengths = mass.cpu().numpy(), np.array([unit.length for unit in units])
         images, counts, start = len(encoding.layouts), [], 0
@@ -309,13 +347,18 @@ class VisionStage:
         most = max(unit.length if count is None else count for unit, count in zip(units, counts, strict=True))
         rows = tokens.new_zeros(len(tokens), most, tokens.shape[2])
         kept = [torch.empty(0, dtype=torch.long, device=tokens.device)] * len(tokens)
-        folded = tokens.new_ones(tokens.shape[:2], dtype=torch.float32) if self._keep_sizes else None
+        sizes = self._sizes(encoding, tokens)
+        folded = None
+        if self._keep_sizes:
+            folded = tokens.new_ones(tokens.shape[:2], dtype=torch.float32) if sizes is None else sizes.clone()
         for group in self._groups(encoding, units, counts, tokens):
-            result = group.select(self._select, tokens, None, encoding.tower)
+            result = group.select(self._select, tokens, sizes, encoding.tower)
             rows[group.rows.flatten(), : group.count] = result.tokens
             places = group.places.gather(1, result.indices.clamp(min=0))
             numbers = (result.indices >= 0).sum(1).tolist() if self._select.adaptive else [group.count] * len(places)
-            own = None if folded is None else token_sizes(result)
+            own = None
+            if folded is not None:
+                own = token_sizes(result, None if sizes is None else sizes[group.rows, group.places])
             for position, (unit, number) in enumerate(zip(group.units, numbers, strict=True)):
                 kept[unit.row] = places[position, :number]
                 if own is not None:
@@ -326,6 +369,11 @@ class VisionStage:
         encoding.kept = kept
         encoding.records = self._records(encoding.layouts, kept, folded)
         return rows[:, : max(map(len, kept))]
+
+    def _sizes(self, encoding: Encoding, tokens: Tensor) -> Tensor | None:
+        """(C, N) patches behind every row of `tokens`, where the tower merged any."""
+        cut = encoding.dropped
+        return None if cut is None else cut.spread(cut.sizes, 1.0)[:, -tokens.shape[1] :]
 
     def _records(
         self, layouts: Sequence[ImageLayout], kept: Sequence[Tensor], sizes: Tensor | None
@@ -342,6 +390,16 @@ class VisionStage:
 
 def _by_segment(block: Block) -> int:
     return block.segment
+
+
+def _check_tower(encoding: Encoding, crops: int) -> None:
+    """Raise where the tower stages did not run, once, on the crops that the projector is given."""
+    layers = [cut.layer for cut in encoding.cuts]
+    if any(len(cut.rows) != crops for cut in encoding.cuts) or len(set(layers)) < len(layers):
+        raise ValueError(
+            f"the tower stage has not run, once, on the {crops} crops that the projector is given; give the model all "
+            "pixels of a call at once"
+        )
 
 
 def _lengths(kept: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -18,6 +18,7 @@ from apet.methods.base import Selector
 
 TOWER, PROJECTOR, HEAD, TOTAL, REST = "tower", "projector", "head", "total", "rest"
 _TOWERS = ("vision_tower", "visual", "video_tower")
+_STAGE_NAMES = {"vision": "vision", "llm": "after layer {}", "tower": "after tower layer {}"}
 
 
 class Marks:
@@ -87,10 +88,15 @@ def marked(model: nn.Module, device: torch.device, stages: tuple[int, ...]) -> I
 
     def timed(select: Selector, *args: Any, **kwargs: Any) -> Any:
         context = select.context
-        name = f"selector, {'vision' if context.stage == 'vision' else f'after layer {context.layer}'}"
+        inside = context.stage == "tower"
+        name = f"selector, {_STAGE_NAMES[context.stage].format(context.layer)}"
+        if inside:  # its time is not the tower's
+            marks.stop(TOWER)
         marks.start(name)
         result = original(select, *args, **kwargs)
         marks.stop(name)
+        if inside:
+            marks.start(TOWER)
         return result
 
     Selector.__call__ = timed

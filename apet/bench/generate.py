@@ -46,7 +46,7 @@ def measure(preset: Preset, model: nn.Module, args: argparse.Namespace) -> dict[
     batches = parse_counts(args.batch, "--batch")
     lengths = sorted(set(parse_counts(args.new_tokens, "--new_tokens")))
     methods = [name for name in args.methods.split(",") if name not in (NONE, RANDOM)]
-    variants = make_variants(model, preset, methods, args.tokens, not args.no_published)
+    variants = make_variants(model, preset, methods, args.tokens, not args.no_published, args.apet)
     if args.compile:
         variants = {
             name: one if one.pipeline is not None else one.compiled(lengths[-1]) for name, one in variants.items()

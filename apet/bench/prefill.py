@@ -44,6 +44,10 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, help="visual tokens, averaged over the layers (default: the preset's)")
     parser.add_argument("--text_tokens", type=int, default=64, help="text tokens of a prompt")
     parser.add_argument("--methods", default="apet", help="beside none and random, separated by commas")
+    parser.add_argument(
+        "--apet", action="append", default=[], metavar="NAME=VALUE,...",
+        help="further settings (docs/options.md) for one more run of every method; random selection goes without",
+    )  # fmt: skip
     parser.add_argument("--batch", default="1", help="batch sizes, separated by commas")
     parser.add_argument("--attn_implementation", default="sdpa", help="sdpa, eager or flash_attention_2")
     parser.add_argument("--no_published", action="store_true", help="leave out the published pipeline")
@@ -75,7 +79,7 @@ def measure(preset: Preset, model: nn.Module, args: argparse.Namespace) -> dict[
     if args.cuda_graphs and device.type != "cuda":
         raise ValueError("--cuda_graphs needs --device cuda")
     methods = [name for name in args.methods.split(",") if name not in (NONE, RANDOM)]
-    variants = make_variants(model, preset, methods, args.tokens, not args.no_published)
+    variants = make_variants(model, preset, methods, args.tokens, not args.no_published, args.apet)
     ceilings = chosen_ceilings(args, device, dtype)
     tables, figures = [], []
     for batch in batches:
@@ -150,6 +154,7 @@ def _add_predictions(
             batch=len(inputs["input_ids"]),
             dtype=dtype,
             early_exit=early,
+            config=variant.config,
         )
         predicted[variant.name] = cost.seconds(ceilings) * 1e3
         figures[variant.name]["predicted_ms"] = predicted[variant.name]

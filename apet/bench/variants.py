@@ -17,6 +17,7 @@ from apet.bench.presets import Preset, get_preset
 from apet.bench.published_pipeline import MODEL_TYPES, PublishedPipeline
 from apet.bench.shapes import AS_PUBLISHED
 from apet.config import ApetConfig
+from apet.methods import parse_options
 
 NONE, RANDOM = "none", "random"
 
@@ -108,7 +109,12 @@ def built(args: argparse.Namespace) -> tuple[Preset, nn.Module]:
 
 
 def make_variants(
-    model: nn.Module, preset: Preset, methods: Sequence[str], tokens: int | None, published: bool
+    model: nn.Module,
+    preset: Preset,
+    methods: Sequence[str],
+    tokens: int | None,
+    published: bool,
+    further: Sequence[str] = (),
 ) -> dict[str, Variant]:
     """No compression, the methods, random selection and the published pipeline, all at one budget.
 
@@ -118,13 +124,17 @@ def make_variants(
         methods: Registered names beside "random".
         tokens: Budget averaged over the layers, None for the preset's.
         published: Add the published pipeline where it is written down for the model.
+        further: Fields of `ApetConfig` as ``name=value,name=value``, for one more variant per method and text.
 
     Raises:
-        ValueError: A method that the model or the budget refuses.
+        ValueError: A method or setting that the model or the budget refuses.
     """
     found = [Variant(NONE, model, None)]
-    for name in dict.fromkeys([RANDOM, *methods]):
-        config = preset.compression(name, tokens)
+    configs = {name: preset.compression(name, tokens) for name in dict.fromkeys([RANDOM, *methods])}
+    for text in further:
+        changes = parse_options(text, f"--apet {text}", "--apet name=value,name=value")
+        configs |= {f"{name}, {text}": preset.compression(name, tokens, **changes) for name in methods}
+    for name, config in configs.items():
         with apet.patched(model, config):  # refuses here what it would refuse later
             found.append(Variant(name, model, config))
     if published and model.config.model_type in MODEL_TYPES:

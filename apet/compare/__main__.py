@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 from apet.compare.cost import measure_costs
 from apet.compare.difficulty import CHEAP, split_by_difficulty
@@ -16,6 +17,7 @@ from apet.compare.tasks import open_task
 from apet.eval.benchmarks.files import user_path, write_text_atomic
 from apet.eval.loader import LoadedModel, add_loader_flag, run_program
 from apet.eval.scoring_cli import Parser
+from apet.methods import parse_options
 from apet.plots import check_matplotlib
 
 _EXAMPLES = """examples:
@@ -36,6 +38,10 @@ def parser(loader: ModuleType | None = None) -> Parser:
     group.add_argument("--data", default="data/eval", help="folder of the benchmarks, see data/README.md")
     group.add_argument("--limit", type=int, help="only the first so many questions of each benchmark")
     group.add_argument("--seeds", type=int, default=3, help="seeds of methods that draw at random")
+    group.add_argument(
+        "--apet", action="append", default=[], metavar="NAME=VALUE,...",
+        help="further settings of every compressed run (docs/options.md)",
+    )  # fmt: skip
     group.add_argument("--difficulty", action="store_true", help="tell apart what average pooling answers too")
     group = flags.add_argument_group("how")
     group.add_argument("--out", default="runs/compare", help="answers, records, scores, table and pictures go here")
@@ -61,12 +67,15 @@ def compare(args: argparse.Namespace, loader: ModuleType) -> None:
     for flag, value, least in (("--seeds", args.seeds, 1), ("--limit", args.limit, 1), ("--timed", args.timed, 0)):
         if value is not None and value < least:
             raise ValueError(f"{flag} {value} must be at least {least}")
+    further: dict[str, Any] = {}
+    for text in args.apet:
+        further |= parse_options(text, f"--apet {text}", "--apet name=value,name=value")
     if not args.no_png:
         check_matplotlib("leave them out with --no_png")
     out = user_path(args.out)
     tasks = [open_task(name, args.data, out, args.limit) for name in parse_names(args.benchmarks, "--benchmarks")]
     loaded: LoadedModel = loader.load(args)
-    cells, unreachable = plan_cells(methods, budgets, args.seeds, loaded.image_tokens, loaded.layers)
+    cells, unreachable = plan_cells(methods, budgets, args.seeds, loaded.image_tokens, loaded.layers, further)
     finished, refused = execute(loaded, cells, tasks, Place(out, args.batch_size, args.num_workers))
     costs = measure_costs(loaded, finished, tasks, args.timed, out / "cost.json") if args.timed else {}
     tables = rows_of(finished, costs)

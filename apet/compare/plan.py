@@ -1,8 +1,10 @@
 """What is compared: one cell per method, budget and seed, and the reasons why others are left out."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
 
 from apet.config import ApetConfig
 from apet.methods import get_method, method_names, parse_method
@@ -53,7 +55,12 @@ class Skip:
 
 
 def plan_cells(
-    methods: Sequence[str], budgets: Sequence[int], seeds: int, image_tokens: int, layers: int
+    methods: Sequence[str],
+    budgets: Sequence[int],
+    seeds: int,
+    image_tokens: int,
+    layers: int,
+    further: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[list[Cell], list[Skip]]:
     """The uncompressed cell first, then method by method; budgets a method cannot reach are skips.
 
@@ -65,6 +72,7 @@ def plan_cells(
         seeds: Number of seeds of methods that draw at random.
         image_tokens: Visual tokens of an uncompressed image.
         layers: Decoder layers of the model.
+        further: Fields of `ApetConfig` for every compressed cell.
     """
     cells, skips = [Cell(UNCOMPRESSED, None, None, ApetConfig(method=UNCOMPRESSED))], []
     for text in methods:
@@ -75,7 +83,8 @@ def plan_cells(
             try:
                 fields = get_method(name, **options).plan(tokens, image_tokens, layers)
                 for seed in range(seeds) if name in DRAWS_AT_RANDOM else (None,):
-                    config = ApetConfig(method=name, method_options=options, seed=seed or 0, **fields)
+                    own = {"method": name, "method_options": options, "seed": seed or 0}
+                    config = ApetConfig.from_dict({**own, **fields, **further})
                     cells.append(Cell(text, tokens, seed, config))
             except ValueError as error:
                 skips.append(Skip(text, tokens, str(error)))

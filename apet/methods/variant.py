@@ -1,12 +1,15 @@
 """Methods with options as text: ``apet_plus`` or ``apet_plus:quota=0,similarity_floor=none``."""
 
+import re
 import typing
 from typing import Any
 
+from apet.config import parse_list
 from apet.methods.base import get_method
 
 _LARGEST = 10**9
 _WORDS = {"true": True, "false": False, "none": None}
+_COMMA = re.compile(r",(?![^\[]*\])")  # not those inside a list
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
@@ -28,7 +31,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def parse_options(text: str, what: str, written: str) -> dict[str, Any]:
-    """Options as text, ``option=value,option=value``; values are true, false, none, numbers or words.
+    """Options as text, ``option=value,option=value``; values are true, false, none, numbers, words or ``[8,16]``.
 
     Args:
         text: The options.
@@ -36,10 +39,10 @@ def parse_options(text: str, what: str, written: str) -> dict[str, Any]:
         written: How they are written, for errors.
 
     Raises:
-        ValueError: A word without a value, or an option that is set twice.
+        ValueError: A word without a value, an option that is set twice, or a list that is none.
     """
     options = {}
-    for word in filter(None, text.split(",")):
+    for word in filter(None, _COMMA.split(text)):
         field, equals, value = (part.strip() for part in word.partition("="))
         if not equals:
             raise ValueError(f"{what}: {word!r} sets no option; write {written}")
@@ -50,6 +53,8 @@ def parse_options(text: str, what: str, written: str) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
+    if text.startswith("["):
+        return parse_list(text, "the list")
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     for kind in (int, float):

@@ -167,5 +167,10 @@ def _check(config: ApetConfig) -> None:
             f"compat={config.compat!r} is not possible in vLLM: padding that takes budget makes the number of tokens "
             "depend on the picture, and the engine must know it before"
         )
+    if config.reduces_tower:
+        raise ValueError(
+            f"a tower stage (tower_mode={config.tower_mode!r}, tower_layer_list={list(config.tower_layer_list)}) is "
+            "not possible in vLLM, whose vision towers are its own; leave it out"
+        )
     if config.visual_token_num is None and config.image_token_ratio is None:
         raise ValueError("give visual_token_num or image_token_ratio; without either there is nothing to compress")

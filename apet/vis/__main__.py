@@ -87,6 +87,7 @@ def _config(args: argparse.Namespace, method: str, loaded: LoadedModel) -> ApetC
     budget = config.visual_token_num
     if (
         not config.layer_list
+        and not config.reduces_tower
         and config.image_token_ratio is None
         and (budget or loaded.image_tokens) >= (loaded.image_tokens)
     ):

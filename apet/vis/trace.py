@@ -21,7 +21,7 @@ class StageTrace:
     """One stage; N patches of the image in raster order.
 
     Attributes:
-        name: "vision" or "layer L", as `apet.last_result` has it.
+        name: "vision" or "layer L", as `apet.last_result` has it; "tower layer L" inside the vision tower.
         kept: (K,) positions left by this stage, ascending.
         groups: (N,) which of the K rows holds a patch's content, -1 where it was dropped.
         errors: (N,) float32 error of the patches that entered the stage, NaN for the others; None if the method has no
@@ -99,6 +99,11 @@ def trace(method: str, result: CompressionResult, decisions: Decisions, answer: 
     tokens = result.tokens_in[0][0]
     groups, before = np.arange(tokens), np.arange(tokens)
     stages = []
+    for one in result.tower:
+        kept, sources = one.kept[0][0].cpu().numpy(), one.sources[0][0].cpu().numpy()
+        stages.append(StageTrace(f"tower layer {one.layer}", kept, sources, None))
+        if result.config.tower_mode != "restore":
+            groups, before = sources, kept
     for index, stage in enumerate(result.stages):
         decided = decisions.get(("vision" if stage.name == "vision" else "llm", stage.layer))
         kept = result.origin(index)[0][0].cpu().numpy()

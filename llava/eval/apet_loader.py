@@ -79,7 +79,7 @@ class LoadedLlava:
     ) -> LlavaAnswerer:
         """The model with this compression."""
         inside = get_method(config.method, **config.method_options).needs("vision").keys() - BEHIND_TOWER
-        features = self._features if share_tower and not inside else None
+        features = self._features if share_tower and not inside and not config.reduces_tower else None
         return LlavaAnswerer(
             self.model, self._preparer, self._generation, config, self.model_id, self._path, new_tokens,
             features=features,

@@ -76,6 +76,17 @@ def test_prefill(capsys):
     assert result["budget"]["visual_token_num"] == 18
 
 
+def test_prefill_with_further_settings(capsys):
+    text = "tower_layer_list=[1],tower_token_list=[0.9]"
+    result = bench(capsys, "prefill", "--batch", "1", "--text_tokens", "5", "--no_published", "--apet", text)
+    (figures,) = result["batches"]
+    assert list(figures["calls"]) == ["none", "random", "apet", f"apet, {text}"]
+    parts = figures["components"][f"apet, {text}"]
+    assert {"tower", "selector, after tower layer 1", "selector, vision"} <= set(parts)
+    assert not any("tower layer" in part for part in figures["components"]["apet"])
+    assert figures["calls"][f"apet, {text}"]["predicted_ms"] < figures["calls"]["apet"]["predicted_ms"]
+
+
 def test_generate(capsys):
     result = bench(capsys, "generate", "--batch", "2", "--new_tokens", "1,3", "--text_tokens", "5", "--no_published")
     (figures,) = result["batches"]

@@ -53,6 +53,8 @@ def test_every_field_of_the_configuration_can_be_given():
     assert (made.video_token_num, made.basis_selection, made.fps_start) == (6, "dpc", 0)
     assert (made.budget_per, made.video_budget_per, made.compat) == ("image", "clip", "published")
     assert made.size_bias is True and made.position_mode == "compact"
+    made = config("--apet", "tower_layer_list=[2,4],tower_token_list=[288,0.5],size_bias=true")
+    assert (made.tower_layer_list, made.tower_token_list) == ((2, 4), (288, 0.5))
     flags = ("--visual_token_num", "96", "--layer_list", "[8]", "--image_token_list", "[32]", "--seed", "3")
     made = config(*flags, "--basis_token_num", "4", "--method", "random")
     assert made.stage_budgets == (96, 32) and made.layer_list == (8,)

@@ -53,6 +53,7 @@ REFUSED = [
     ({"visual_token_num": [64, 32]}, "one number"),
     ({"visual_token_num": 64, "budget_per": "prompt"}, "one by one"),
     ({"visual_token_num": 64, "compat": "published"}, "before"),
+    ({"visual_token_num": 64, "tower_layer_list": [8], "tower_token_list": [288]}, "vision towers are its own"),
 ]
 
 
