@@ -104,7 +104,9 @@ class Run:
         """Options of the compression beside method and budgets; none for an uncompressed run."""
         if self.method == "none":
             return {}
-        return _flat({key: value for key, value in self.compression.items() if key not in (*_BUDGET_FIELDS, "method")})
+        shown = {key: value for key, value in self.compression.items() if key not in (*_BUDGET_FIELDS, "method")}
+        # An option of a method may have the name of a field; then the method's own value is the one that acts.
+        return _flat(shown) | dict(shown.get("method_options", {}))
 
     @property
     def row(self) -> str:

@@ -173,6 +173,12 @@ class TestNotCompared:
         methods = [row["method"] for row in report_of()[1]]
         assert methods == ["apet (basis_token_num=10)", "apet (basis_token_num=5)", "random"]
 
+    def test_an_option_with_the_name_of_a_field_sets_rows_apart(self, add, report_of):
+        for options in ({}, {"size_bias": True}):
+            add("gqa", 50.0, tokens=64.0, method="apet_plus", **KEPT_64, method_options=options, size_bias=False)
+        methods = [row["method"] for row in report_of()[1]]
+        assert methods == ["apet_plus (size_bias=False)", "apet_plus (size_bias=True)"]
+
     def test_two_runs_of_the_same_settings_are_refused(self, add, report_of):
         first, second = add("gqa", 60.0), add("gqa", 61.0)
         status, _, _, error = report_of()
