@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from apet.cli import COMMANDS
 from apet.serving import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-# Lines with the flags of other programs: ours, Ray, pip, vLLM's client.
+# Lines with the flags of other programs: ours, Ray, pip, vLLM's client, Kubernetes.
 OTHERS = re.compile(
-    r"llava\.|apet\.|ask\.py|add_argument|\bray (start|status)|curl|bench serve|git |cli|ssh|rand -hex|settings="
+    r"llava\.|apet\.|ask\.py|add_argument|\bray (start|status)|curl|bench serve|git |cli|ssh|rand -hex|"
+    r"docker|kubectl|settings="
 )
 
 
@@ -160,6 +163,36 @@ def test_wrong_words_are_explained(serve, script, flags):
     assert done.returncode != 0 and words is None and ("data" in done.stderr)
 
 
+def test_the_kubernetes_example_serves_on_the_pods_address_with_a_key_from_a_secret(monkeypatch):
+    text = (ROOT / "examples/serving/kubernetes.yaml").read_text()
+    parts = {one["kind"]: one["spec"] for one in yaml.safe_load_all(text)}
+    assert set(parts) == {"Deployment", "Service", "NetworkPolicy"}
+    pod = parts["Deployment"]["template"]
+    labels, (container,) = pod["metadata"]["labels"], pod["spec"]["containers"]
+    assert parts["Deployment"]["selector"]["matchLabels"] == parts["Service"]["selector"] == labels
+    assert parts["NetworkPolicy"]["podSelector"]["matchLabels"] == labels and parts["Service"]["type"] == "ClusterIP"
+    given = {one["name"]: one.get("valueFrom") for one in container["env"]}
+    assert given["VLLM_API_KEY"] == {"secretKeyRef": {"name": "apet-server", "key": "api-key"}}
+    assert given["POD_ADDRESS"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+    assert "create secret generic apet-server --from-literal=api-key=" in text
+    (port,) = container["ports"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
+    (rule,), (way,) = parts["NetworkPolicy"]["ingress"], parts["Service"]["ports"]
+    assert rule["ports"] == [{"port": port["name"]}] and way["targetPort"] == port["name"]
+    assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod["spec"]["volumes"]}
+
+    passed = []
+    monkeypatch.setattr(cli.os, "execvpe", lambda file, words, environment: passed.append(words))
+    monkeypatch.setattr(cli.shutil, "which", lambda name: name)
+    assert container["command"] == ["apet", "serve"] and COMMANDS["serve"].module == cli.__name__
+    cli.main([word.replace("$(POD_ADDRESS)", "10.1.2.3") for word in container["args"]])
+    (passed,) = passed
+    assert not any("$(" in word or word.startswith("--api-key") for word in passed)
+    assert flag(passed, "--host") == "10.1.2.3" and flag(passed, "--port") == str(port["containerPort"])
+    assert json.loads(flag(passed, "--additional-config")) == {"apet": {"visual_token_num": 64}}
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM (scripts/test_vllm.sh)")
 def test_the_flags_that_are_passed_on_or_recommended_exist():
     command = [str(Path(sys.executable).parent / "vllm"), "serve", "--help=all"]
@@ -171,5 +204,6 @@ def test_the_flags_that_are_passed_on_or_recommended_exist():
         for line in text.replace("\\\n", " ").splitlines():
             if OTHERS.search(line) is None:
                 ours |= set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", line))
+    ours -= {"--tokens", "--settings"}  # of apet serve itself
     missing = {flag for flag in ours if not re.search(rf"(?<![\w-]){flag}(?![\w-])", known)}
     assert len(ours) > 15 and not missing
