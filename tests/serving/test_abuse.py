@@ -65,8 +65,8 @@ ABUSE = {
     "base64 that is none": (400, chat("data:image/png;base64,%%%")),
     "a text as a picture": (400, chat("data:text/plain;base64,aGVsbG8=")),
     "an empty address": (400, chat("")),
-    "a file of the server": (400, chat("file:///etc/passwd")),
-    # vLLM takes a picture that it cannot fetch for a fault of its own.
+    # vLLM takes a picture that it may not read or cannot fetch for a fault of its own.
+    "a file of the server": (500, chat("file:///etc/passwd")),
     "an address inside the server": (500, chat("http://127.0.0.1:1/x.png")),
     "an address of another scheme": (400, chat("gopher://127.0.0.1/x")),
     "one pixel": (200, chat(png((1, 1)))),
@@ -77,8 +77,9 @@ ABUSE = {
     "a palette": (200, chat(png((64, 64), "P"))),
     "twenty pictures": (200, chat(*[GOOD] * 20)),
     "more pictures than fit": (400, chat(*[GOOD] * 200)),
-    "the placeholder as text": (400, chat(GOOD, text="<image> <image> <image>")),
-    "the placeholder without a picture": (400, chat(text="<image>")),
+    # vLLM takes placeholders beyond the pictures for words.
+    "the placeholder as text": (200, chat(GOOD, text="<image> <image> <image>")),
+    "the placeholder without a picture": (200, chat(text="<image>")),
     "a prompt that is too long": (400, chat(GOOD, text="word " * 5000)),
     "no tokens to answer": (400, chat(GOOD, max_tokens=0)),
     "more tokens than fit": (400, chat(GOOD, max_tokens=10**9)),
