@@ -1,10 +1,9 @@
 """LLaVA-NeXT in vLLM: crops are compressed one by one, and vLLM arranges them as it always does."""
 
 from dataclasses import replace
-from functools import lru_cache
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.model_executor.models.llava_next import (
@@ -16,26 +15,11 @@ from vllm.model_executor.models.llava_next import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from apet.adapters import host
 from apet.adapters.vision import ImageLayout, ImageRecord
 from apet.serving.counts import tiled_image_tokens
 from apet.serving.llava import attach_vision_stage
 from apet.serving.processing import KeyedProcessor, MeasuredInfo
-
-
-@lru_cache(maxsize=4096)
-def _layout(height: int, width: int, pinpoints: tuple, image_size: int, patch_size: int) -> ImageLayout:
-    """As `image_layout`, of plain numbers."""
-    rows = (image_size // patch_size) ** 2
-    crops = host.crops_of((height, width), [list(pair) for pair in pinpoints], image_size)
-    # vLLM's own function arranges the numbers of the rows; the newline is -1.
-    vision = SimpleNamespace(image_size=image_size, patch_size=patch_size)
-    config = SimpleNamespace(image_grid_pinpoints=[list(pair) for pair in pinpoints], vision_config=vision)
-    base = SimpleNamespace(config=config, image_newline=torch.tensor([-1.0], dtype=torch.float64))
-    numbers = torch.arange(crops * rows, dtype=torch.float64).view(crops, rows, 1)
-    merge = LlavaNextForConditionalGeneration._merge_image_patch_embeddings
-    columns = merge(base, torch.tensor([height, width]), numbers, strategy="spatial_unpad")
-    return ImageLayout(crops, rows, columns.flatten().long().numpy())
+from apet.serving.tiles import arranged
 
 
 def image_layout(config: Any, height: int, width: int) -> ImageLayout:
@@ -46,8 +30,10 @@ def image_layout(config: Any, height: int, width: int) -> ImageLayout:
         height: Pixels.
         width: Pixels.
     """
-    pinpoints = tuple(map(tuple, config.image_grid_pinpoints))
-    return _layout(height, width, pinpoints, config.vision_config.image_size, config.vision_config.patch_size)
+    merge = LlavaNextForConditionalGeneration._merge_image_patch_embeddings
+    crops, columns = arranged(merge, config, height, width)
+    rows = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    return ImageLayout(crops, rows, columns.astype(np.int64))
 
 
 class Info(MeasuredInfo, LlavaNextProcessingInfo):

@@ -4,8 +4,7 @@ A budget is for the whole image. Newlines are no candidates and all stay, as in 
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,29 +18,13 @@ from vllm.model_executor.models.llava_onevision import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from apet.adapters import host
 from apet.serving.chooser import Chooser
 from apet.serving.counts import image_tokens, video_blocks
 from apet.serving.processing import KeyedProcessor, MeasuredInfo
 from apet.serving.settings import served
+from apet.serving.tiles import NEWLINE, arranged
 
-
-@lru_cache(maxsize=4096)
-def _newlines(height: int, width: int, pinpoints: tuple, image_size: int, patch_size: int) -> np.ndarray:
-    """As `newlines`, of plain numbers."""
-    crops = host.crops_of((height, width), [list(pair) for pair in pinpoints], image_size)
-    vision = SimpleNamespace(image_size=image_size, patch_size=patch_size)
-    config = SimpleNamespace(image_grid_pinpoints=[list(pair) for pair in pinpoints], vision_config=vision)
-    one = torch.ones(1)
-    # vLLM's own function arranges zeros; the newline is one.
-    marks = LlavaOnevisionForConditionalGeneration._merge_image_patch_embeddings(
-        SimpleNamespace(config=config, image_newline=one),
-        torch.tensor([height, width]),
-        torch.zeros(crops, (image_size // patch_size) ** 2, 1),
-        image_newline=one,
-        strategy="spatial_unpad",
-    )
-    return marks.flatten().numpy() == 1
+_merge = partial(LlavaOnevisionForConditionalGeneration._merge_image_patch_embeddings, image_newline=NEWLINE)
 
 
 def newlines(config: Any, height: int, width: int) -> np.ndarray:
@@ -52,8 +35,7 @@ def newlines(config: Any, height: int, width: int) -> np.ndarray:
         height: Pixels.
         width: Pixels.
     """
-    pinpoints = tuple(map(tuple, config.image_grid_pinpoints))
-    return _newlines(height, width, pinpoints, config.vision_config.image_size, config.vision_config.patch_size)
+    return arranged(_merge, config, height, width)[1] < 0
 
 
 class Info(MeasuredInfo, LlavaOnevisionProcessingInfo):

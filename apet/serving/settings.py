@@ -59,8 +59,11 @@ SERVED = (
         "apet.serving.llava_onevision:ApetLlavaOnevision", "compact", videos=True,
     ),
     Served("InternVLForConditionalGeneration", "internvl", "apet.serving.internvl:ApetInternVL", "compact"),
-    Served("Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "apet.serving.qwen2_5_vl:ApetQwen2_5_VL", "keep", True),
-    Served("Qwen3VLForConditionalGeneration", "qwen3_vl", "apet.serving.qwen3_vl:ApetQwen3VL", "keep", True),
+    Served(
+        "Qwen2_5_VLForConditionalGeneration", "qwen2_5_vl", "apet.serving.qwen2_5_vl:ApetQwen2_5_VL", "keep",
+        videos=True,
+    ),
+    Served("Qwen3VLForConditionalGeneration", "qwen3_vl", "apet.serving.qwen3_vl:ApetQwen3VL", "keep", videos=True),
 )  # fmt: skip
 
 

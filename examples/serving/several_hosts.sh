@@ -9,11 +9,12 @@
 #     host N = 1..  bash examples/serving/several_hosts.sh ray N HOSTS GPUS_PER_HOST FIRST_ADDRESS
 #
 # The first host listens on FIRST_ADDRESS (or HOST, an address of its own) and wants the key (--api-key, or VLLM_API_KEY in
-# the environment) from whoever asks. More flags of vllm serve may follow. RPC_PORT (13345) and RAY_PORT (6379) must be open
-# between the hosts, and to nobody else: what vLLM and Ray say to each other there knows no key.
+# the environment) from whoever asks under /v1 (vLLM answers /invocations without it: open the port to clients only). More
+# flags of vllm serve may follow. RPC_PORT (13345) and RAY_PORT (6379) must be open between the hosts, and to nobody else:
+# what vLLM and Ray say to each other there knows no key.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-if [ $# -lt 5 ]; then sed -n '2,14s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; fi
+if [ $# -lt 5 ]; then sed -n '2,15s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; fi
 kind=$1 role=$2 hosts=$3 gpus=$4 first=$5
 shift 5
 export HOST=${HOST:-$first}

@@ -58,13 +58,13 @@ def start(*flags: str, **environment: str) -> subprocess.Popen:
 
 
 @contextmanager
-def server(log: Path, **environment: str) -> Iterator[str]:
+def server(log: Path, *flags: str, **environment: str) -> Iterator[str]:
     """The address of a server that answers; its output goes to `log`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    process = start("--port", str(port), **environment)
+    process = start("--port", str(port), *flags, **environment)
     with log.open("w") as file:
         copy = subprocess.Popen(["cat"], stdin=process.stdout, stdout=file)
         try:
@@ -93,10 +93,15 @@ def _wait(address: str, process: subprocess.Popen, log: Path) -> None:
     raise AssertionError(f"no answer after {START_SECONDS} s: {log.read_text()[-3000:]}")
 
 
+def get(address: str, path: str) -> tuple[int, str]:
+    """Status and text of an address of the server."""
+    with urllib.request.urlopen(f"{address}{path}", timeout=60) as response:
+        return response.status, response.read().decode()
+
+
 def metric(address: str, name: str) -> float:
     """A counter of the server's /metrics, summed over its labels."""
-    with urllib.request.urlopen(f"{address}/metrics", timeout=10) as response:
-        lines = response.read().decode().splitlines()
+    lines = get(address, "/metrics")[1].splitlines()
     values = [float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} "))]
     assert values, f"no metric {name}"
     return sum(values)

@@ -39,6 +39,8 @@ def test_what_is_imported_from_vllm_is_listed(path):
 def test_the_versions_are_the_same_everywhere():
     assert f"vllm{host.TESTED}" in (ROOT / "pyproject.toml").read_text()
     assert "${APET_VLLM_RANGE-" + host.TESTED + "}" in (ROOT / "scripts/_vllm.sh").read_text()
+    lowest = host.TESTED.partition(",")[0].removeprefix(">=")
+    assert f"vllm-openai:v{lowest}." in (ROOT / "examples/serving/Dockerfile").read_text()
     assert set(host.MODELS) == {row.family for row in SERVED}
 
 

