@@ -158,3 +158,36 @@ def test_published_accounting_does_not_know_text(model):
     config = ApetConfig(method="mmtok", visual_token_num=8, compat="published")
     with pytest.raises(ValueError, match="'mmtok' reads the text, .* leave compat out"):
         apet.apply_patch(model, config)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tower_layer_list": [1], "tower_token_list": [12]},
+        {"tower_layer_list": [1], "tower_token_list": [12], "visual_token_num": 6, "layer_list": [2],
+         "image_token_list": [10]},
+        {"tower_layer_list": [1], "tower_token_list": [0.6], "visual_token_num": 20, "budget_per": "image"},
+        {"tower_mode": "restore", "tower_layer_list": [1], "tower_token_list": [12], "visual_token_num": 8},
+    ],
+    ids=["tower alone", "both", "per image", "restore"],
+)  # fmt: skip
+@torch.no_grad()
+def test_a_tower_stage_cuts_every_crop_and_padding_is_never_shown(model, fields):
+    config = ApetConfig(basis_token_num=3, **fields)
+    layouts = apet.adapters.adapter_for(model).crop_layouts({"image_sizes": torch.tensor(SIZES)})
+    with apet.patched(model, config):
+        together = model(**inputs(model)).logits[:, -1]
+        result = apet.last_result(model)
+        for index in range(3):
+            alone = model(**inputs(model, (index,))).logits[0, -1]
+            torch.testing.assert_close(alone, together[index], atol=1e-4, rtol=0)
+    budget = fields["tower_token_list"][0]
+    count = budget if isinstance(budget, int) else int(budget * PER_SIDE**2)
+    for layout, left, kept in zip(layouts, result.tower[0].kept, result.stages[0].kept, strict=True):
+        assert len(left[0]) == layout.crops * count
+        rows = layout.columns[kept[0].numpy()]
+        shown = set(rows[rows >= 0].tolist())
+        if config.tower_mode == "merge":
+            assert shown <= set(left[0].tolist())
+        if "visual_token_num" not in fields:
+            assert shown == set(left[0].tolist()) & set(layout.columns.tolist())

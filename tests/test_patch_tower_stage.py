@@ -202,6 +202,31 @@ def test_video_llava_restores_frames_of_both_towers():
     assert [[len(kept) for kept in sample] for sample in result.tower[0].kept] == [[24], [8], [], [8, 24]]
 
 
+@pytest.mark.parametrize("behind", [{}, {"visual_token_num": 5, "video_token_num": 5, "method": "visionzip"}])
+@torch.no_grad()
+def test_video_llava_merges_frames_and_its_vision_stage_follows(behind):
+    family = FAMILIES["video_llava"]
+    model = family.build("sdpa")
+    config = ApetConfig(tower_layer_list=[1], tower_token_list=[0.5], basis_token_num=3, **behind)
+    prompts = family.prompts[:4]
+    with apet.patched(model, config):
+        together = model(**family.inputs(prompts)).logits[:, -1]
+        result = apet.last_result(model)
+        for index, row in enumerate(prompts):
+            alone = model(**family.inputs([row])).logits[0, -1]
+            torch.testing.assert_close(alone, together[index], atol=1e-4, rtol=0)
+    assert [[len(kept) for kept in sample] for sample in result.tower[0].kept] == [[24], [8], [], [8, 24]]
+    for left, kept in zip(result.tower[0].kept, result.stages[0].kept, strict=True):
+        for patches, columns in zip(left, kept, strict=True):
+            if len(patches) == 24:  # three frames, each with its class token in front of 16 patches
+                columns = columns[columns % 17 > 0]
+                columns = columns // 17 * 16 + columns % 17 - 1
+            if behind:
+                assert set(columns.tolist()) < set(patches.tolist())
+            else:
+                assert columns.tolist() == patches.tolist()
+
+
 # Off, on, off again
 
 
