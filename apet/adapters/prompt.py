@@ -331,7 +331,8 @@ class PromptPatch:
         """
         ids, items = forward.given.get("input_ids"), forward.given.get("visual_items")
         if items is not None:
-            forward.encoded[0] = forward.given.get("visual_encoding")
+            if forward.given.get("visual_encoding") is not None:  # a text has none
+                forward.encoded[0] = forward.given["visual_encoding"]
             known = self._encoded(forward, 0, bool((items >= 0).any()))
             segments = tuple(Segment(index, False, index, item.grid, item.crops) for index, item in enumerate(known))
             return Layout(items.cpu().numpy(), segments=segments).with_lines([item.lines for item in known])
