@@ -6,9 +6,9 @@ windowed layers (`cu_seqlens`) shrink with what is left, and every row keeps its
 and averages whole groups, row by row; the rest is as in `tower_stage`.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,10 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from apet.adapters import host
-from apet.adapters.hooks import InFlight, Removable, Wrapped
+from apet.adapters.hooks import InFlight
 from apet.adapters.stages import budget_for, equal
 from apet.adapters.tower_pixels import unpredicted
-from apet.adapters.tower_stage import Extra, TowerCut, TowerStage, changed_most, mean_of, merged, whole_cut
+from apet.adapters.tower_stage import (
+    Extra,
+    Reduction,
+    TowerCut,
+    TowerStage,
+    changed_most,
+    mean_of,
+    merged,
+    whole_cut,
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,7 @@ class PackedCut:
     order: Tensor
     lengths: tuple[int, ...]
 
-    @property
+    @cached_property
     def groups(self) -> tuple[Tensor, Tensor]:
         """(M,) groups that go on, ascending, and the tokens that each stands for."""
         numbers = torch.cat([(some.starts + some.cut.rows).flatten() for some in self.frames])
@@ -144,56 +153,23 @@ class _Chunks:
         return Extra(bias=torch.cat(biases, 1) if biases else None)
 
 
-class PackedReduction:
-    """Runs the stage in one tower, inside encoder calls.
-
-    Args:
-        tower: Vision model.
-        stage: What to do.
-        encodings: Encoder calls in flight; outside of any the tower is left alone.
-        extras: What the attention function in flight adds.
-    """
+class PackedReduction(Reduction):
+    """The stage in a tower that has all pictures in one sequence."""
 
     def __init__(self, tower: nn.Module, stage: TowerStage, encodings: InFlight, extras: InFlight) -> None:
-        self._tower, self._stage, self._encodings, self._extras = tower, stage, encodings, extras
-        self._layers, self._unit = host.packed_layers(tower), host.packed_unit(tower)
-        self._runs = InFlight()
+        super().__init__(tower, host.packed_layers(tower), stage, encodings, extras)
+        self._unit = host.packed_unit(tower)
 
-    def attach(self) -> list[Removable]:
-        """Wrap the tower and its layers; returns the handles."""
-        layers = [
-            Wrapped(layer, "forward", functools.partial(self._run_layer, index))
-            for index, layer in enumerate(self._layers)
-        ]
-        return [Wrapped(self._tower, "forward", self._run_tower), *layers]
-
-    def _run_tower(self, original: Any, *args: Any, **kwargs: Any) -> Any:
-        encoding = self._encodings.top
-        if encoding is None:
-            return original(*args, **kwargs)
+    def _open(self, encoding: Any, original: Any, args: tuple, kwargs: dict) -> _Run:
         grid = host.packed_grid(original, args, kwargs)
         lengths = [rows * columns // self._unit for steps, rows, columns in grid.tolist() for _ in range(steps)]
         run = _Run(encoding, tuple(lengths), host.packed_order(self._tower, grid))
         if self._stage.mode == "lossless":
             run.pixels, run.grids = host.tower_pixels(original, args, kwargs), grid.tolist()
-        with self._runs.during(run):
-            return original(*args, **kwargs)
-
-    def _run_layer(self, index: int, original: Any, *args: Any, **kwargs: Any) -> Any:
-        run = self._runs.top
-        if run is None:
-            return original(*args, **kwargs)
-        before = host.layer_hidden(args, kwargs)
-        if index == 0 and run.pixels is not None:
-            self._leave_out(run)
-        if run.cut is None:
-            hidden = original(*args, **kwargs)
-        else:
-            hidden = self._through(run, index, before, original, args, kwargs)
-        return self._cut(run, index + 1, before, hidden) if index + 1 in self._stage.budgets else hidden
+        return run
 
     @torch.compiler.disable
-    def _leave_out(self, run: _Run) -> None:
+    def _leave_out(self, run: _Run, hidden: Tensor) -> None:
         """Leave out the groups whose values their neighbours predict. Waits for the device."""
         side = host.packed_side(self._tower)
         keep, first = [], 0

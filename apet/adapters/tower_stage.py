@@ -13,6 +13,7 @@ and the rows in between hold the same estimate in every layer, which is what met
 """
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,21 +166,27 @@ def exchange_attention(towers: Sequence[nn.Module], extras: InFlight) -> list[Re
     return handles
 
 
-class TowerReduction:
+class Reduction(ABC):
     """Runs the stage in one tower, inside encoder calls.
 
     Args:
         tower: Vision model.
+        layers: Its layers.
         stage: What to do.
         encodings: Encoder calls in flight; outside of any the tower is left alone.
         extras: What the attention function in flight adds.
     """
 
-    def __init__(self, tower: nn.Module, stage: TowerStage, encodings: InFlight, extras: InFlight) -> None:
-        self._tower, self._stage, self._encodings, self._extras = tower, stage, encodings, extras
-        self._layers = host.tower_layers(tower)
-        self._first = int(host.has_class_token(tower))
-        self._runs = InFlight()
+    def __init__(
+        self,
+        tower: nn.Module,
+        layers: Sequence[nn.Module],
+        stage: TowerStage,
+        encodings: InFlight,
+        extras: InFlight,
+    ) -> None:
+        self._tower, self._layers, self._stage = tower, layers, stage
+        self._encodings, self._extras, self._runs = encodings, extras, InFlight()
 
     def attach(self) -> list[Removable]:
         """Wrap the tower and its layers; returns the handles."""
@@ -193,8 +200,7 @@ class TowerReduction:
         encoding = self._encodings.top
         if encoding is None:
             return original(*args, **kwargs)
-        pixels = host.tower_pixels(original, args, kwargs) if self._stage.mode == "lossless" else None
-        with self._runs.during(_Run(encoding, pixels)):
+        with self._runs.during(self._open(encoding, original, args, kwargs)):
             return original(*args, **kwargs)
 
     def _run_layer(self, index: int, original: Any, *args: Any, **kwargs: Any) -> Any:
@@ -209,6 +215,34 @@ class TowerReduction:
         else:
             hidden = self._through(run, index, before, original, args, kwargs)
         return self._cut(run, index + 1, before, hidden) if index + 1 in self._stage.budgets else hidden
+
+    @abstractmethod
+    def _open(self, encoding: Any, original: Any, args: tuple, kwargs: dict) -> Any:
+        """What is known of a call of the tower before it runs."""
+
+    @abstractmethod
+    def _leave_out(self, run: Any, hidden: Tensor) -> None:
+        """Leave out, in front of the first layer, what neighbours predict. Waits for the device."""
+
+    @abstractmethod
+    def _through(self, run: Any, index: int, hidden: Tensor, original: Any, args: tuple, kwargs: dict) -> Tensor:
+        """A layer for what is left of `hidden`; returns all rows."""
+
+    @abstractmethod
+    def _cut(self, run: Any, layer: int, before: Tensor, hidden: Tensor) -> Tensor:
+        """Leave less of `hidden` behind a layer that was given `before`; returns all rows."""
+
+
+class TowerReduction(Reduction):
+    """The stage in a tower that has one row of patches per crop."""
+
+    def __init__(self, tower: nn.Module, stage: TowerStage, encodings: InFlight, extras: InFlight) -> None:
+        super().__init__(tower, host.tower_layers(tower), stage, encodings, extras)
+        self._first = int(host.has_class_token(tower))
+
+    def _open(self, encoding: Any, original: Any, args: tuple, kwargs: dict) -> _Run:
+        pixels = host.tower_pixels(original, args, kwargs) if self._stage.mode == "lossless" else None
+        return _Run(encoding, pixels)
 
     @torch.compiler.disable
     def _leave_out(self, run: _Run, hidden: Tensor) -> None:
