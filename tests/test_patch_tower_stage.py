@@ -342,13 +342,18 @@ class TestWhatMethodsSee:
         monkeypatch.setitem(base._METHODS, "spy", Spy)
         return found
 
+    def listened(self, model, heard, stage):
+        """What the method heard of one picture, the tower's layers, and what enters the first of them."""
+        pixels = images(1)
+        with apet.patched(model, changed(stage, visual_token_num=4, method="spy")):
+            model.model.get_image_features(pixels)
+        (said,) = heard
+        tower = model.model.vision_tower
+        return said, host.tower_layers(tower), entering(tower, pixels)[0]
+
     @torch.no_grad()
     def test_merged_rows_count_and_rows_merged_away_are_not_seen(self, sdpa, heard):
-        pixels, config = images(1), changed(MERGE, visual_token_num=4, method="spy")
-        with apet.patched(sdpa, config):
-            sdpa.model.get_image_features(pixels)
-        (said,) = heard
-        layers, first = host.tower_layers(sdpa.model.vision_tower), entering(sdpa.model.vision_tower, pixels)[0]
+        said, layers, first = self.listened(sdpa, heard, MERGE)
         hidden, places, sizes = merged_tower(layers, first, MERGE, 1, DEPTH - 2)
         layer = layers[-2].self_attn
         normed = layers[-2].layer_norm1(hidden)
@@ -369,11 +374,7 @@ class TestWhatMethodsSee:
 
     @torch.no_grad()
     def test_restored_rows_are_seen_in_every_layer(self, sdpa, heard):
-        pixels, config = images(1), changed(RESTORE, visual_token_num=4, method="spy")
-        with apet.patched(sdpa, config):
-            sdpa.model.get_image_features(pixels)
-        (said,) = heard
-        layers, first = host.tower_layers(sdpa.model.vision_tower), entering(sdpa.model.vision_tower, pixels)[0]
+        said, layers, first = self.listened(sdpa, heard, RESTORE)
         hidden, _ = restored_tower(layers, first, RESTORE, 1, DEPTH - 2)
         torch.testing.assert_close(said["vision_states", None][0, -2], hidden[1:], atol=1e-4, rtol=1e-4)
         assert said["cls_attention", -2].shape == (1, 2, PATCHES)
