@@ -4,9 +4,9 @@ import sys
 
 import _checkout  # noqa: F401
 
-from apet.eval.convert import program
+from apet.eval.convert import CONVERTERS
 
-main = program("mme", "convert_answer_to_mme")
+main = CONVERTERS["mme"].main("convert_answer_to_mme")
 
 if __name__ == "__main__":
     sys.exit(main())

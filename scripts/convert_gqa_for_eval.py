@@ -4,9 +4,9 @@ import sys
 
 import _checkout  # noqa: F401
 
-from apet.eval.convert import program
+from apet.eval.convert import CONVERTERS
 
-main = program("gqa", "convert_gqa_for_eval")
+main = CONVERTERS["gqa"].main("convert_gqa_for_eval")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,9 +4,9 @@ import sys
 
 import _checkout  # noqa: F401
 
-from apet.eval.convert import program
+from apet.eval.convert import CONVERTERS
 
-main = program("mmbench", "convert_mmbench_for_submission")
+main = CONVERTERS["mmbench"].main("convert_mmbench_for_submission")
 
 if __name__ == "__main__":
     sys.exit(main())

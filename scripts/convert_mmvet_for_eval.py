@@ -4,9 +4,9 @@ import sys
 
 import _checkout  # noqa: F401
 
-from apet.eval.convert import program
+from apet.eval.convert import CONVERTERS
 
-main = program("mmvet", "convert_mmvet_for_eval")
+main = CONVERTERS["mmvet"].main("convert_mmvet_for_eval")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,9 +4,9 @@ import sys
 
 import _checkout  # noqa: F401
 
-from apet.eval.convert import program
+from apet.eval.convert import CONVERTERS
 
-main = program("seed", "convert_seed_for_submission")
+main = CONVERTERS["seed"].main("convert_seed_for_submission")
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,9 +4,9 @@ import sys
 
 import _checkout  # noqa: F401
 
-from apet.eval.convert import program
+from apet.eval.convert import CONVERTERS
 
-main = program("sqa", "convert_sqa_to_llava")
+main = CONVERTERS["sqa"].main("convert_sqa_to_llava")
 
 if __name__ == "__main__":
     sys.exit(main())

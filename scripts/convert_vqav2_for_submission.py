@@ -4,9 +4,9 @@ import sys
 
 import _checkout  # noqa: F401
 
-from apet.eval.convert import program
+from apet.eval.convert import CONVERTERS
 
-main = program("vqav2", "convert_vqav2_for_submission")
+main = CONVERTERS["vqav2"].main("convert_vqav2_for_submission")
 
 if __name__ == "__main__":
     sys.exit(main())

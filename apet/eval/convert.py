@@ -6,49 +6,17 @@ The published names of these programs, scripts/convert_*.py, lead here; so do th
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from apet.eval.benchmarks import gqa, mmbench, mme, mmvet, scienceqa_convert, seed
 from apet.eval.benchmarks.files import read_jsonl, write_text_atomic
 from apet.eval.benchmarks.textvqa import TextVqa
 from apet.eval.benchmarks.vizwiz import VizWiz
 from apet.eval.benchmarks.vqav2 import VqaV2
-from apet.eval.scoring_cli import Parser, add_duplicates_flag, add_score_flags, publish, run, upload
+from apet.eval.scoring_cli import Program, add_duplicates_flag, add_score_flags, publish, required, upload
 
-
-@dataclass(frozen=True)
-class Converter:
-    """A program that rewrites a file.
-
-    Attributes:
-        about: What it does.
-        flags: Its flags and their options for `add_argument`.
-        convert: Does it, given the parsed flags.
-        more: Adds flags that several programs share.
-    """
-
-    about: str
-    flags: Mapping[str, Mapping[str, Any]]
-    convert: Callable[[argparse.Namespace], None]
-    more: Callable[[Parser], None] = lambda parser: None
-
-    def parser(self, name: str) -> Parser:
-        """The program's flags."""
-        flags = Parser(prog=name, description=self.about)
-        for flag, options in self.flags.items():
-            flags.add_argument(flag, **options)
-        self.more(flags)
-        return flags
-
-
-def _text(about: str, **options: Any) -> dict[str, Any]:
-    return {"help": about} | ({"required": True} if not options else options)
-
-
-_SRC_DST = {"--src": _text("answers file, JSON lines"), "--dst": _text("file to write")}
+_SRC_DST = {"--src": required("answers file, JSON lines"), "--dst": required("file to write")}
 
 
 def _mmbench(args: argparse.Namespace) -> None:
@@ -81,97 +49,84 @@ def _without_ocr(args: argparse.Namespace) -> None:
     write_text_atomic(args.dst, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-CONVERTERS: Mapping[str, Converter] = {
-    "gqa": Converter(
+CONVERTERS: Mapping[str, Program] = {
+    "gqa": Program(
         "Answers file to official GQA predictions.", _SRC_DST, lambda args: gqa.convert(args.src, args.dst)
     ),
-    "mmbench": Converter(
+    "mmbench": Program(
         "MMBench answers file to the xlsx of the submission server.",
         {
-            "--annotation-file": _text("the TSV the questions came from"),
-            "--result-dir": _text("folder with <experiment>.jsonl"),
-            "--upload-dir": _text("folder for <experiment>.xlsx"),
-            "--experiment": _text("name of the answers file without suffix"),
+            "--annotation-file": required("the TSV the questions came from"),
+            "--result-dir": required("folder with <experiment>.jsonl"),
+            "--upload-dir": required("folder for <experiment>.xlsx"),
+            "--experiment": required("name of the answers file without suffix"),
         },
         _mmbench, add_duplicates_flag,
     ),
-    "mme": Converter(
+    "mme": Program(
         "MME answers file to the tables of the MME scorer, eval_tool/answers/<experiment>/<category>.txt.",
         {
-            "--experiment": _text("name of the answers file in answers/, without suffix"),
-            "--dir": _text("the MME folder; the published tool runs inside it", default="."),
+            "--experiment": required("name of the answers file in answers/, without suffix"),
+            "--dir": {"help": "the MME folder; the published tool runs inside it", "default": "."},
         },
         lambda args: mme.convert(args.dir, args.experiment, args.duplicates), add_duplicates_flag,
     ),
-    "mmvet": Converter(
+    "mmvet": Program(
         "MM-Vet answers file to the file of the MM-Vet grader.", _SRC_DST,
         lambda args: mmvet.convert(args.src, args.dst, args.duplicates), add_duplicates_flag,
     ),
-    "seed": Converter(
+    "seed": Program(
         "SEED-Bench answers file to the upload file; prints the accuracies.",
         {
-            "--annotation-file": _text("SEED-Bench.json"),
-            "--result-file": _text("answers file, JSON lines"),
-            "--result-upload-file": _text("upload file to write, JSON lines"),
+            "--annotation-file": required("SEED-Bench.json"),
+            "--result-file": required("answers file, JSON lines"),
+            "--result-upload-file": required("upload file to write, JSON lines"),
         },
         _seed, add_score_flags,
     ),
-    "sqa": Converter(
+    "sqa": Program(
         "ScienceQA problems to a LLaVA conversation file in the same folder, llava_<split>_<format>.json.",
         {
-            "command": _text("the published script wants its name", nargs="?", choices=("convert_to_llava",)),
-            "--base-dir": _text("folder with problems.json and pid_splits.json"),
-            "--split": _text("a split of pid_splits.json"),
-            "--prompt-format": _text("such as QCM-LEA or CQM-A", default=scienceqa_convert.DEFAULT_FORMAT),
+            "command": {"help": "the published script wants its name", "nargs": "?", "choices": ("convert_to_llava",)},
+            "--base-dir": required("folder with problems.json and pid_splits.json"),
+            "--split": required("a split of pid_splits.json"),
+            "--prompt-format": {"help": "such as QCM-LEA or CQM-A", "default": scienceqa_convert.DEFAULT_FORMAT},
         },
         lambda args: print(f"wrote {scienceqa_convert.convert(args.base_dir, args.split, args.prompt_format)}"),
     ),
-    "textvqa": Converter(
+    "textvqa": Program(
         'TextVQA question file without the "Reference OCR token" lines.',
-        {"--src": _text("llava_textvqa_val_v051_ocr.jsonl"), "--dst": _text("question file to write")}, _without_ocr,
+        {"--src": required("llava_textvqa_val_v051_ocr.jsonl"), "--dst": required("question file to write")},
+        _without_ocr,
     ),
-    "vizwiz": Converter(
+    "vizwiz": Program(
         "VizWiz answers file to the upload file; prints how many results, questions and broken lines there were.",
         {
-            "--annotation-file": _text("llava_test.jsonl"),
-            "--result-file": _text("answers file, JSON lines"),
-            "--result-upload-file": _text("upload file to write"),
+            "--annotation-file": required("llava_test.jsonl"),
+            "--result-file": required("answers file, JSON lines"),
+            "--result-upload-file": required("upload file to write"),
         },
         _vizwiz,
     ),
-    "vqav2": Converter(
+    "vqav2": Program(
         "VQAv2 merged answers to the upload file of the whole test2015 list, answers_upload/<split>/<ckpt>.json.",
         {
-            "--dir": _text("folder with answers/ and the question files", default="data/eval/vqav2"),
-            "--ckpt": _text("folder of the model below answers/<split>"),
-            "--split": _text("folder below answers/, such as llava_vqav2_mscoco_test-dev2015"),
+            "--dir": {"help": "folder with answers/ and the question files", "default": "data/eval/vqav2"},
+            "--ckpt": required("folder of the model below answers/<split>"),
+            "--split": required("folder below answers/, such as llava_vqav2_mscoco_test-dev2015"),
         },
         _vqav2,
     ),
 }  # fmt: skip
 
 
-def program(benchmark: str, name: str) -> Callable[[Sequence[str] | None], int]:
-    """The `main(argv) -> exit status` of a converter; what the user can mend is one line on stderr.
-
-    Args:
-        benchmark: Which one.
-        name: What it calls itself.
-    """
-
-    def main(argv: Sequence[str] | None = None) -> int:
-        return run(CONVERTERS[benchmark].parser(name), CONVERTERS[benchmark].convert, argv)
-
-    return main
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the converter that the first word names; exit status as `program`, 2 for an unknown one."""
+    """Run the converter that the first word names; exit status as `Program.main`, 2 for an unknown one."""
     first = argparse.ArgumentParser(prog="python -m apet.eval.convert", description=__doc__.partition(":")[0])
     first.add_argument("benchmark", choices=tuple(CONVERTERS), help="whose files")
     first.add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="BENCHMARK --help explains them")
     args = first.parse_args(argv)
-    return program(args.benchmark, f"{first.prog} {args.benchmark}")(args.words)
+    return CONVERTERS[args.benchmark].main(f"{first.prog} {args.benchmark}")(args.words)
 
 
 if __name__ == "__main__":

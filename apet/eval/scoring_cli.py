@@ -1,11 +1,16 @@
-"""What the scorer and converter command lines share: flag spellings, one-line errors, printing and saving a score."""
+"""What the scorer and converter command lines share: flag spellings, one-line errors, printing and saving a score.
+
+A scorer or converter is a `Program`, an entry of a table: `apet.eval.scorers`, `apet.eval.convert`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from apet.eval.benchmarks.base import Score, Submission
 from apet.eval.benchmarks.files import DUPLICATE_RULES, PathLike, refuse_inputs
@@ -71,6 +76,44 @@ def run(parser: Parser, action: Callable[[argparse.Namespace], None], argv: Sequ
         print(f"{parser.prog}: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program that reads some files, and prints or writes what it makes of them.
+
+    Attributes:
+        about: What it does.
+        flags: Its flags and their options for `add_argument`; a short name stands in front of the long one.
+        action: Does it, given the parsed flags.
+        more: Adds flags that several programs share.
+    """
+
+    about: str
+    flags: Mapping[str, Mapping[str, Any]]
+    action: Callable[[argparse.Namespace], None]
+    more: Callable[[Parser], None] = lambda parser: None
+
+    def parser(self, name: str) -> Parser:
+        """The flags of the program that calls itself `name`."""
+        flags = Parser(prog=name, description=self.about)
+        for names, options in self.flags.items():
+            flags.add_argument(*names.split(), **options)
+        self.more(flags)
+        return flags
+
+    def main(self, name: str) -> Callable[[Sequence[str] | None], int]:
+        """The `main(argv) -> exit status` of the program that calls itself `name`; errors as `run`."""
+
+        def main(argv: Sequence[str] | None = None) -> int:
+            return run(self.parser(name), self.action, argv)
+
+        return main
+
+
+def required(about: str, **options: Any) -> dict[str, Any]:
+    """Options of a flag: its help, and that it must be given."""
+    return {"help": about, "required": True, **options}
 
 
 def _refuse_overwriting(args: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from fake_endpoint import FakeEndpoint, Reply, message
 from apet.eval.benchmarks import get_benchmark
 from apet.eval.endpoint import JUDGE_KEY_VARIABLE, KEY_VARIABLE, Endpoint
 from apet.eval.judge import parse_verdict
+from apet.eval.scorers import URL_VARIABLE
 from llava.eval import eval_video_qa
 
 ASKED = [{"video_name": f"clip{index}", "question": "who?", "question_id": index} for index in range(3)]
@@ -225,7 +226,7 @@ def test_replies_that_are_no_judgement_are_not_counted_and_asked_again(ask_judge
 
 def test_flags_that_are_missing_are_named(save, command, monkeypatch):
     path = save("merge.jsonl", PREDICTIONS)
-    monkeypatch.delenv(eval_video_qa.URL_VARIABLE, raising=False)
+    monkeypatch.delenv(URL_VARIABLE, raising=False)
     status, _, err = command(eval_video_qa.main, "--pred_path", path, "--judge", "tiny")
     assert status == 1 and "--output_dir" in err and "OPENAI_BASE_URL" in err
     status, _, err = command(eval_video_qa.main, "--pred_path", path, "--benchmark", "gqa")
