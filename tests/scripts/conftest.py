@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from forking_python import forking_python
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +56,8 @@ def start_script(name: str, data: Path, *arguments: str, **settings: object) -> 
 
 
 def run_script(name: str, data: Path, *arguments: str, **settings: object) -> Outcome:
-    """Run `scripts/<name>.sh` to its end, with answers of two tokens."""
+    """Run `scripts/<name>.sh` to its end, with answers of two tokens; programs are forked unless PYTHON is given."""
+    settings = {"PYTHON": forking_python()} | settings
     process = start_script(name, data, *arguments, "--max_new_tokens", "2", **settings)
     try:
         out, err = process.communicate(timeout=300)

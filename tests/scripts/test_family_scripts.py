@@ -1,6 +1,7 @@
 """The scripts of Qwen2.5-VL and Video-LLaVA: from start to score with tiny checkpoints, and the commands they run."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,12 @@ def test_videos_with_a_judge(video_llava, tmp_path):
     folder = write_videos(tmp_path / "eval", "activitynet")
     with FakeEndpoint(lambda body: Reply(body=message('{"pred": "yes", "score": 4}'))) as server:
         outcome = run_script(
-            "video_llava/activitynet", tmp_path / "eval", MODEL=video_llava, JUDGE="tiny", OPENAI_BASE_URL=server.url
+            "video_llava/activitynet",
+            tmp_path / "eval",
+            MODEL=video_llava,
+            JUDGE="tiny",
+            OPENAI_BASE_URL=server.url,
+            PYTHON=sys.executable,  # starts as users start it
         )
     assert outcome.status == 0, outcome.err
     assert "Judge: tiny" in outcome.out and "Average score: 4.000" in outcome.out
