@@ -18,6 +18,11 @@ _EPS = 1e-8
 _DOUBT = 1e-5
 
 
+def may_look(tensor: Tensor) -> bool:
+    """Whether values may decide what is computed: nothing waits for them, and nothing is being compiled."""
+    return tensor.device.type in MAY_LOOK and not torch.compiler.is_compiling()
+
+
 def unit_rows(rows: Tensor) -> Tensor:
     """Rows (B, K, D) scaled to length one; zero rows stay zero."""
     return rows / rows.norm(dim=-1, keepdim=True).clamp(min=_EPS)
@@ -32,8 +37,7 @@ def nearest_units(donors: Tensor, unit: Tensor, allowed: Tensor) -> Tensor:
         allowed: (B, K) bool; rows that may receive.
     """
     # A donor's own norm scales its whole row of similarities and cannot change the largest.
-    fast = donors.device.type in MAY_LOOK and donors.dtype == torch.float32 and not torch.compiler.is_compiling()
-    if not fast:
+    if donors.dtype != torch.float32 or not may_look(donors):
         similarity = (donors.double() @ unit.double().transpose(1, 2)).float()
         return similarity.masked_fill(~allowed.unsqueeze(1), -torch.inf).argmax(-1)
     similarity = (donors @ unit.transpose(1, 2)).masked_fill_(~allowed.unsqueeze(1), -torch.inf)

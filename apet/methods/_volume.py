@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from apet.core.similarity import may_look
 from apet.methods._select import rank_within, top
 
 
@@ -86,12 +88,30 @@ def greedy_volume(
             the other tokens; None takes them in order instead.
     """
     batch, n = kernel.shape[:2]
-    whole = kernel.diagonal(dim1=1, dim2=2).clamp(min=0)
-    # What a dependent token leaves is rounding noise: it counts as zero, and such tokens are taken in order.
-    noise = 10 * torch.finfo(kernel.dtype).eps * whole
+    barred = torch.zeros(batch, n, dtype=torch.bool, device=kernel.device) if barred is None else barred
+    if rounds or not may_look(kernel):
+        return _in_rounds(kernel, k, weight, first, barred, rounds, quota, rank)
+    each = [[None] * batch if given is None else given for given in (weight, first)]
+    samples = zip(kernel, *each, barred, strict=True)
+    parts = [_one_by_one(row, k, w, start, closed, quota, rank) for row, w, start, closed in samples]
+    return Volume(*map(torch.stack, zip(*parts, strict=True)))
+
+
+def _in_rounds(
+    kernel: Tensor,
+    k: int,
+    weight: Tensor | None,
+    first: Tensor | None,
+    barred: Tensor,
+    rounds: int,
+    quota: Quota | None,
+    rank: int | None,
+) -> Volume:
+    """All samples at once, without a look at any value: for devices that one would have to wait for."""
+    batch, n = kernel.shape[:2]
+    whole, noise = _energies(kernel)
     residual = whole
-    taken = torch.zeros(batch, n, dtype=torch.bool, device=kernel.device)
-    barred = taken if barred is None else barred
+    taken = torch.zeros_like(barred)
     factor = kernel.new_zeros(batch, k, n)
     picks, energy, floors, done, fresh = [], [], None, 0, 0
     for size in _round_sizes(k, rounds, first is not None):
@@ -100,7 +120,8 @@ def greedy_volume(
         score = (residual if weight is None else residual * weight).masked_fill(taken | barred, -torch.inf)
         if quota is not None and floors is None and done >= quota.after:
             floors = quota.floors(residual, k, barred)
-        if floors is not None:
+        # Windows never lack more than their share, so nothing is due before the last rounds.
+        if floors is not None and k - done - size < quota.share * k:
             score = _guarantee(score, floors - quota.counts(taken), quota.groups, size, k - done)
         pick = first.unsqueeze(1) if first is not None and done == 0 else top(score, size)
         rows = _factor_rows(kernel, factor[:, fresh:done], pick, residual, noise)
@@ -112,6 +133,56 @@ def greedy_volume(
         energy.append(residual.sum(-1, keepdim=True).expand(batch, size))
         done += size
     return Volume(torch.cat(picks, 1), residual, torch.cat(energy, 1))
+
+
+def _one_by_one(
+    kernel: Tensor,
+    k: int,
+    weight: Tensor | None,
+    first: Tensor | None,
+    barred: Tensor,
+    quota: Quota | None,
+    rank: int | None,
+) -> Volume:
+    """One sample, one pick at a time, in NumPy: for CPUs.
+
+    A pick is a dozen operations on N numbers. NumPy's cost per call is a tenth of torch's, and what a quota demands is
+    looked at instead of computed for every pick.
+    """
+    whole, noise = (part[0].numpy() for part in _energies(kernel.detach()[None]))
+    kernel, weight = kernel.detach().numpy(), 1 if weight is None else weight.detach().numpy()
+    residual = whole.copy()
+    open_score = np.where(barred.numpy(), -np.inf, 0).astype(kernel.dtype)
+    factor = np.zeros((k, len(kernel)), kernel.dtype)
+    picks, energy, missing, fresh = [], [], None, 0
+    for done in range(k):
+        if rank is not None and done - fresh >= rank:
+            residual, fresh = whole.copy(), done
+            residual[picks] = 0
+        if quota is not None and missing is None and done >= quota.after:
+            floors = quota.floors(torch.from_numpy(residual)[None], k, barred[None])[0].numpy()
+            missing, windows = floors - np.bincount(quota.groups[picks], minlength=len(floors)), quota.groups.numpy()
+        score = residual * weight + open_score
+        if missing is not None and missing.clip(0).sum() >= k - done:
+            score[missing[windows] <= 0] = -np.inf
+        pick = int(score.argmax() if first is None or done else first)
+        if residual[pick] > 0:
+            np.subtract(kernel[pick], factor[fresh:done, pick] @ factor[fresh:done], out=factor[done])
+            factor[done] /= np.sqrt(residual[pick])
+            residual -= np.square(factor[done])
+            residual[~(residual > noise)] = 0
+        residual[pick], open_score[pick] = 0, -np.inf
+        if missing is not None:
+            missing[windows[pick]] -= 1
+        picks.append(pick)
+        energy.append(residual.sum())
+    return Volume(torch.tensor(picks), torch.from_numpy(residual), torch.from_numpy(np.array(energy, kernel.dtype)))
+
+
+def _energies(kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Energy (B, N) of every token, and what rounding leaves of it in a dependent token: as good as zero."""
+    whole = kernel.diagonal(dim1=1, dim2=2).clamp(min=0)
+    return whole, 10 * torch.finfo(kernel.dtype).eps * whole
 
 
 def _round_sizes(k: int, rounds: int, alone: bool) -> list[int]:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from apet.core import similarity
 from apet.methods import get_method, token_sizes
 from apet.methods._features import error_space, outlierness, sink_positions
 from apet.methods._select import cosine
@@ -116,6 +117,27 @@ def test_a_quota_that_is_met_anyway_changes_nothing():
     tokens = noise(2, 48, 60)
     quota = Quota(torch.arange(48) // 12, 4, 0.2, 2)
     assert torch.equal(greedy_volume(gram(tokens), 24, quota=quota).picks, greedy_volume(gram(tokens), 24).picks)
+
+
+@pytest.mark.parametrize("options", [{}, {"rank": 5}, {"quota": 0.0}, {"quota": 0.6}, {"quota": 1.0}, {"spoilt": True}])
+@pytest.mark.parametrize("keep", [1, 17, 40])
+def test_looking_at_values_changes_nothing(options, keep, monkeypatch):
+    """One pick at a time on the CPU, and all samples at once as where a look at a value is a wait: the same picks."""
+    tokens, options = noise(3, 48, 30), dict(options)
+    tokens[:, :12] *= 1.6
+    tokens[2, 20:30] = tokens[2, 10:20]
+    if options.pop("spoilt", False):
+        tokens[1, 4] = torch.nan
+    if "quota" in options:
+        options["quota"] = Quota(torch.arange(48) // 12, 4, options["quota"], keep // 4)
+    options["weight"] = torch.rand(3, 48, generator=torch.Generator().manual_seed(1))
+    options |= {"first": torch.tensor([5, 40, 7]), "barred": torch.arange(48).expand(3, -1) % 12 == 6}
+    looked = greedy_volume(gram(tokens.double()), keep, **options)
+    monkeypatch.setattr(similarity, "MAY_LOOK", ())
+    together = greedy_volume(gram(tokens.double()), keep, **options)
+    assert torch.equal(looked.picks, together.picks)
+    torch.testing.assert_close(looked.residual, together.residual, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(looked.energy, together.energy, rtol=1e-9, atol=1e-9)
 
 
 def test_error_spaces():
