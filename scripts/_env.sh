@@ -89,3 +89,11 @@ apet_env() {
     _apet_check_python "$PYTHON" && _apet_install "$venv" "$extras" || return
     export VIRTUAL_ENV="$venv" PATH="$venv/bin:$PATH"
 }
+
+# `apet_test_apart EXTRA [pytest arguments]`: run pytest where that extra of pyproject.toml is, in .venv/EXTRA unless
+# APET_VENV names another environment.
+apet_test_apart() {
+    export APET_VENV="${APET_VENV:-.venv/$1}"
+    apet_env test "$1" || return
+    exec "$PYTHON" -m pytest -q -p no:cacheprovider "${@:2}"
+}

@@ -233,8 +233,9 @@ Written by `python scripts/make_docs.py` from the runs in `data/runs/sample`; do
 lie the score and the record of every run, and the table of the command that made them; the answers are left out.
 
 ```bash
-python -m apet.compare --model-path data/sample/model/llava-v1.5-sample --data data/sample/eval --benchmarks gqa \\
-  --methods apet,apet_plus,divprune,random --tokens 192,64 --seeds 3 --limit 200 \\
+python -m apet.compare --model-path data/sample/model/llava-v1.5-sample \\
+  --data data/sample/eval --benchmarks gqa --limit 200 \\
+  --methods apet,apet_plus,divprune,random --tokens 192,64 --seeds 3 \\
   --batch_size 32 --max_new_tokens 16 --timed 0 --no_png --out data/runs/sample
 ```
 

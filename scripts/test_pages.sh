@@ -8,8 +8,6 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/_env.sh
-export APET_VENV=${APET_VENV:-.venv/pages}
 # Gradio does not allow the Pillow of constraints.txt yet.
 export APET_PINS=${APET_PINS:-pillow<13}
-apet_env test pages
-exec "$PYTHON" -m pytest -q -p no:cacheprovider tests/demo tests/docs tests/test_examples.py "$@"
+apet_test_apart pages tests/demo tests/docs tests/test_examples.py "$@"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import images, left_pad, prompt
 
 import apet
 from apet.bench.presets import get_preset
@@ -27,6 +28,17 @@ def test_links_lead_somewhere(page):
 def test_what_the_five_lines_print():
     model = get_preset("llava-1.5-7b").build(torch.device("meta"), torch.bfloat16)
     assert f"```text\n{apet.describe(apet.compress_model(model, tokens=64))}\n```" in README
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_five_lines_run(page, llava_sdpa):
+    lines = (ROOT / page).read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+    assert lines.count("tokens=64") == 1
+    inputs = left_pad([prompt(9, (3,))]) | {"pixel_values": images(1)}
+    names = {"model": llava_sdpa, "inputs": inputs | {"max_new_tokens": 2, "min_new_tokens": 2}}
+    exec(compile(lines.replace("tokens=64", "tokens=8"), page, "exec"), names)  # its image has fewer patches
+    assert names["answer"].shape[1] == inputs["input_ids"].shape[1] + 2
+    assert not hasattr(llava_sdpa, "apet")
 
 
 def test_accuracies_are_those_of_the_comparison():

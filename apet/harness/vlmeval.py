@@ -1,9 +1,9 @@
-"""ApET as models of VLMEvalKit, by the interface that its guide for developers describes.
+"""ApET as models of VLMEvalKit.
 
     from apet.harness.vlmeval import register
     register("llava-1.5-7b-apet-64", "llava-hf/llava-1.5-7b-hf", tokens=64, method="apet")
 
-puts a model under a name that VLMEvalKit's ``run.py --model`` takes (docs/vlmevalkit.md). It asks any vision-language
+puts a model under a name that VLMEvalKit's ``--model`` takes (docs/vlmevalkit.md). It asks any vision-language
 model of transformers by its chat template.
 """
 
@@ -21,7 +21,8 @@ try:
     from vlmeval.vlm.base import BaseModel
 except ImportError as error:
     raise ImportError(
-        f"{error}: VLMEvalKit is not installed or has changed; clone its repository and pip install -e it"
+        f"{error}: VLMEvalKit is not installed or has changed; "
+        "pip install ms-vlmeval, or clone its repository and pip install -e it"
     ) from error
 
 
@@ -78,7 +79,7 @@ def register(name: str, pretrained: str, **arguments: Any) -> None:
     """Make a model known to VLMEvalKit.
 
     Args:
-        name: What ``run.py --model`` takes.
+        name: What VLMEvalKit's ``--model`` takes.
         pretrained: Checkpoint folder or hub id, in the Hugging Face layout.
         arguments: A budget (`tokens`, `ratio`, `speedup` or `target_flops`, none for the uncompressed model), `method`,
             and those of `Chat`.

@@ -1,7 +1,7 @@
 """The wrapper for VLMEvalKit, held to the interface that VLMEvalKit's guide for developers describes.
 
-These tests do not run VLMEvalKit: the package `vlmeval` here is written by the test and has only what the guide names.
-Where a real one is installed they leave it alone.
+These tests do not run VLMEvalKit (test_vlmevalkit.py does): the package `vlmeval` here is written by the test and
+has only what the guide names. Where a real one is installed they leave it alone.
 """
 
 import importlib
@@ -12,12 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
-from PIL import Image
 
 import apet
-from llava.model.hugging_face import export_checkpoint
 
 ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "data/sample/eval/gqa/images"
@@ -57,17 +53,6 @@ print("ANSWERS", json.dumps([model.generate(message) for message in json.load(op
 """
 
 
-@pytest.fixture(scope="module")
-def sample(tmp_path_factory) -> str:
-    return str(
-        export_checkpoint(
-            str(ROOT / "data/sample/model/llava-v1.5-sample"),
-            str(tmp_path_factory.mktemp("sample") / "hf"),
-            "vicuna_v1",
-        )
-    )
-
-
 @pytest.fixture
 def stand_in(tmp_path) -> Path:
     """A folder with a package `vlmeval` that has just the documented interface, and a `run.py`."""
@@ -77,7 +62,8 @@ def stand_in(tmp_path) -> Path:
     (folder / "vlmeval/vlm/__init__.py").touch()
     (folder / "vlmeval/vlm/base.py").write_text(BASE)
     (folder / "vlmeval/config.py").write_text('supported_VLM = {"taken": None}\n')
-    (folder / "run.py").write_text(RUN)
+    (folder / "run.py").write_text(RUN)  # in a clone
+    (folder / "vlmeval/run.py").write_text(RUN)  # in ms-vlmeval
     return folder
 
 
@@ -90,25 +76,15 @@ def wrapper(stand_in, monkeypatch):
         del sys.modules[name]
 
 
-def without_harness(checkpoint: str, picture: Path) -> str:
-    model = transformers.AutoModelForImageTextToText.from_pretrained(checkpoint).eval()
-    processor = transformers.AutoProcessor.from_pretrained(checkpoint)
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=[Image.open(picture).convert("RGB")], text=text, return_tensors="pt")
-    with torch.inference_mode(), apet.compressed(model, tokens=64):
-        ids = model.generate(**inputs, max_new_tokens=8, do_sample=False)
-    return processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-
-
 @pytest.mark.slow
-def test_the_answers_are_those_of_the_compressed_model(wrapper, sample, capsys):
+def test_the_answers_are_those_of_the_compressed_model(wrapper, sample, ask_at_64, capsys):
     wrapper.register("mine", sample, tokens=64, max_new_tokens=8, device_map="cpu")
     model = wrapper.supported_VLM["mine"]()
     assert "average             1-12              64" in capsys.readouterr().out
     picture = PICTURES / "n000193.jpg"
     message = [{"type": "image", "value": str(picture)}, {"type": "text", "value": QUESTION}]
-    assert model.generate(message) == model.generate([str(picture), QUESTION]) == without_harness(sample, picture)
+    wanted = ask_at_64(QUESTION, picture.read_bytes()).strip()
+    assert model.generate(message) == model.generate([str(picture), QUESTION]) == wanted
     assert model.generate(message, dataset="MME") == "square"
     assert apet.last_result(model.model).layer_averaged_tokens == [64]
     assert isinstance(model.generate([{"type": "text", "value": "What is two plus two?"}]), str)
@@ -128,12 +104,16 @@ def test_what_cannot_be_is_a_sentence(wrapper, sample):
 
 
 @pytest.mark.slow
-def test_the_script_of_the_page_starts_run_py(stand_in, sample, tmp_path):
+@pytest.mark.parametrize(
+    "start", ['run_module("vlmeval.run"', 'run_path("VLMEvalKit/run.py"'], ids=["installed", "clone"]
+)
+def test_the_script_of_the_page_starts_run_py(stand_in, sample, start, tmp_path):
     page = (ROOT / "docs/vlmevalkit.md").read_text(encoding="utf-8")
+    assert page.count(start) == 1
     script = page.split("```python\n")[1].split("```")[0]
+    script = script.replace('run_module("vlmeval.run"', start.replace("VLMEvalKit", str(stand_in)))
     for written, here in (
-        ("llava-hf/llava-1.5-7b-hf", sample),
-        ("VLMEvalKit/run.py", str(stand_in / "run.py")),
+        ("llava-hf/llava-1.5-7b-hf", str(sample)),
         ("tokens=64", "tokens=64, max_new_tokens=8, device_map='cpu'"),
     ):
         assert script.count(written) == 1
@@ -150,5 +130,5 @@ def test_the_script_of_the_page_starts_run_py(stand_in, sample, tmp_path):
 
 
 def test_a_missing_package_is_named():
-    with pytest.raises(ImportError, match="VLMEvalKit is not installed .* clone its repository"):
+    with pytest.raises(ImportError, match="VLMEvalKit is not installed .* pip install ms-vlmeval, or clone"):
         importlib.import_module("apet.harness.vlmeval")
