@@ -131,10 +131,10 @@ class ApetPlus(Method):
     def _kernel(self, space: Tensor) -> Tensor:
         """Inner products (B, N, N), with the noise on the diagonal."""
         kernel = space @ space.transpose(1, 2)
-        if not self.ridge:
-            return kernel
-        diagonal = kernel.diagonal(dim1=1, dim2=2)
-        return kernel + torch.diag_embed(self.ridge * diagonal.mean(-1, keepdim=True).expand_as(diagonal))
+        if self.ridge:
+            diagonal = kernel.diagonal(dim1=1, dim2=2)
+            diagonal += self.ridge * diagonal.mean(-1, keepdim=True)
+        return kernel
 
     def _first(self, space: Tensor, sinks: Tensor | None) -> Tensor:
         """First pick (B,): the largest sink where sinks are merged."""
