@@ -200,6 +200,15 @@ def test_grade_resumes_counts_by_picture_and_refuses_what_reads_the_question(fol
         grade.independent_of_questions(deep, "fastv", 64)
 
 
+def test_grade_draws_things_as_large_as_asked_and_refuses_other_words():
+    scene, _ = next(held_out(3, grade.sized("100,100")))
+    widths = [thing.box[2] for thing in scene.things if thing.kind == "shape"]
+    assert widths and all(86 <= width <= 114 for width in widths)
+    for words in ("80", "150,80", "80,1000", "a,b"):
+        with pytest.raises(SystemExit, match="must be LOW,HIGH"):
+            grade.sized(words)
+
+
 def test_intervals_are_over_pictures():
     """Four pictures all right, four all wrong: the interval of 8 pictures is wide, however many questions they have."""
     rows = [{"types": ["count"] * 50, "right": {"none": [True] * 50, "x": [i < 4] * 50}} for i in range(8)]

@@ -11,16 +11,16 @@ import numpy as np
 from examples.sample_vlm import questions as q
 from examples.sample_vlm.benchmarks import write_gqa_of
 from examples.sample_vlm.real.batches import MIX
-from examples.sample_vlm.scenes import BRIGHT, Scene, make_scene
+from examples.sample_vlm.scenes import BRIGHT, Scene, Style, make_scene
 
 SEED = 2026
 
 
-def held_out(seed: int) -> Iterator[tuple[Scene, np.random.Generator]]:
+def held_out(seed: int, style: Style = BRIGHT) -> Iterator[tuple[Scene, np.random.Generator]]:
     """Endless pictures of held-out photographs, digits and words, and the generator that may ask about the last."""
     rng = np.random.default_rng(seed)
     while True:
-        yield make_scene(rng, "test", style=BRIGHT), rng
+        yield make_scene(rng, "test", style=style), rng
 
 
 def write_exam(out: Path, pictures: int) -> None:

@@ -10,6 +10,7 @@ import copy
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from examples.sample_vlm.real.ask import budget
 from examples.sample_vlm.real.batches import MIX
 from examples.sample_vlm.real.chat import Chat
 from examples.sample_vlm.real.exam import SEED, held_out
+from examples.sample_vlm.scenes import BRIGHT, CANVAS, Style
 
 NONE = "none"
 _READ_TEXT = {"text_embeddings", "clip_relevance"}
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="visual tokens averaged over the decoder layers")
     parser.add_argument("--pictures", type=int, default=40)
     parser.add_argument("--questions", type=int, default=12, help="per picture")
+    parser.add_argument("--sizes", help="LOW,HIGH: pixels of shapes and digits, where not those of the training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -49,10 +52,13 @@ def main(args: argparse.Namespace) -> None:
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval().to(args.device)
     methods = args.methods.split(",")
     cells = {NONE: None} | {name: independent_of_questions(model, name, args.tokens) for name in methods}
-    settings = {name: getattr(args, name) for name in ("methods", "tokens", "questions")}
+    settings = {
+        name: getattr(args, name) for name in ("methods", "tokens", "questions", "sizes") if getattr(args, name)
+    }
+    style = BRIGHT if args.sizes is None else sized(args.sizes)
     rows = finished(args.out, settings)
     processor, chat = AutoProcessor.from_pretrained(args.model), Chat(args.model)
-    for number, (scene, rng) in enumerate(islice(held_out(SEED), args.pictures)):
+    for number, (scene, rng) in enumerate(islice(held_out(SEED, style), args.pictures)):
         asked = list({one.text: one for one in q.ask(scene, rng, 4 * args.questions, MIX)}.values())[: args.questions]
         if number < len(rows):
             continue
@@ -78,6 +84,19 @@ def independent_of_questions(model: nn.Module, method: str, tokens: int) -> apet
     if read:
         raise SystemExit(f"{method} asks for {', '.join(read)}, which the question decides: use apet.compare for it")
     return config
+
+
+def sized(text: str) -> Style:
+    """The pictures' style with other sizes of shapes and digits.
+
+    Raises:
+        SystemExit: The text is not two numbers of pixels, the smaller one first.
+    """
+    low, comma, high = text.partition(",")
+    if not (comma and low.isdecimal() and high.isdecimal() and 11 <= int(low) <= int(high) < CANVAS):
+        raise SystemExit(f"--sizes {text!r} must be LOW,HIGH: pixels from 11 to {CANVAS - 1}, like 80,150")
+    sizes = (float(low), float(high))
+    return replace(BRIGHT, shapes=sizes, digits=sizes)
 
 
 def finished(path: Path, settings: dict) -> list[dict]:
