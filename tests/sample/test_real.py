@@ -191,8 +191,11 @@ def test_grade_resumes_counts_by_picture_and_refuses_what_reads_the_question(fol
     real.main([*words, "--pictures", "2", "--methods", "random"])
     assert len((tmp_path / "g.jsonl").read_text().splitlines()) == 3
     assert "| all | 6 |" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="give another --out"):
-        real.main([*words, "--pictures", "2", "--methods", "apet"])
+    for changed in (["--methods", "apet"], ["--methods", "random", "--split", "train"]):
+        with pytest.raises(SystemExit, match="give another --out"):
+            real.main([*words, "--pictures", "2", *changed])
+    with pytest.raises(SystemExit, match="divprune not among --methods random"):
+        real.main([*words, "--methods", "random", "--against", "none,divprune"])
     deep = SimpleNamespace(
         config=SimpleNamespace(text_config=SimpleNamespace(num_hidden_layers=30), image_seq_length=576)
     )
@@ -212,10 +215,18 @@ def test_grade_draws_things_as_large_as_asked_and_refuses_other_words():
 def test_intervals_are_over_pictures():
     """Four pictures all right, four all wrong: the interval of 8 pictures is wide, however many questions they have."""
     rows = [{"types": ["count"] * 50, "right": {"none": [True] * 50, "x": [i < 4] * 50}} for i in range(8)]
-    lines = grade.table(rows).splitlines()
+    lines = grade.table(rows, ["none", "x"]).splitlines()
     assert "| all | 400 | 100.0 | 50.0 |" in lines
-    low, high = map(float, lines[-2].split("|")[4].split(".."))
+    bounds = {line.split("|")[1].strip(): line.split("|")[3:5] for line in lines[-3:]}
+    low, high = map(float, bounds["95 %"][1].split(".."))
     assert low <= 25 and high >= 75
+    assert bounds["minus none"][0].strip() == bounds["minus x"][1].strip() == "0.0 .. 0.0"
+    assert [float(word) for word in bounds["minus x"][0].split("..")] == [100 - high, 100 - low]
+
+
+def test_the_train_split_shows_new_pictures_of_trained_photographs():
+    one, other = (next(held_out(3, split=split))[0] for split in ("train", "test"))
+    assert not np.array_equal(one.pixels, other.pixels)
 
 
 def test_assembled_folder_answers_compressed_and_says_where_it_comes_from(folder, capsys):

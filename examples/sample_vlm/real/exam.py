@@ -16,11 +16,14 @@ from examples.sample_vlm.scenes import BRIGHT, Scene, Style, make_scene
 SEED = 2026
 
 
-def held_out(seed: int, style: Style = BRIGHT) -> Iterator[tuple[Scene, np.random.Generator]]:
-    """Endless pictures of held-out photographs, digits and words, and the generator that may ask about the last."""
+def held_out(seed: int, style: Style = BRIGHT, split: str = "test") -> Iterator[tuple[Scene, np.random.Generator]]:
+    """Endless pictures of a split's photographs, digits and words, and the generator that may ask about the last.
+
+    With `split="train"` the pictures are new, but of what the model was trained on: methods are chosen there.
+    """
     rng = np.random.default_rng(seed)
     while True:
-        yield make_scene(rng, "test", style=style), rng
+        yield make_scene(rng, split, style=style), rng
 
 
 def write_exam(out: Path, pictures: int) -> None:

@@ -22,6 +22,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, DynamicCach
 import apet
 from apet.adapters import host
 from apet.compare.bootstrap import Outcome, interval, resampled_scores
+from apet.compare.plan import parse_methods
 from apet.compare.published import agreement
 from apet.methods import get_method
 from examples.sample_vlm import questions as q
@@ -39,10 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is compared, on how much."""
     parser.add_argument("--model", type=Path, default=Path("runs/real/model"), help="written by `assemble`")
     parser.add_argument("--out", type=Path, default=Path("runs/real/grade.jsonl"), help="a line per picture; resumable")
-    parser.add_argument("--methods", default="random,apet,apet_plus,divprune", help="beside none")
+    parser.add_argument("--methods", default="random,apet,apet_plus,divprune", help="beside none; options after a colon")
     parser.add_argument("--tokens", type=int, default=64, help="visual tokens averaged over the decoder layers")
     parser.add_argument("--pictures", type=int, default=40)
     parser.add_argument("--questions", type=int, default=12, help="per picture")
+    parser.add_argument("--against", default=NONE, help="methods that the table's last lines set the others against")
+    parser.add_argument("--split", choices=("test", "train"), default="test", help="train: to choose a method on")
     parser.add_argument("--sizes", help="LOW,HIGH: pixels of shapes and digits, where not those of the training")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -50,15 +53,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> None:
     """Grade what `--out` does not hold yet, and print the table."""
     model = AutoModelForImageTextToText.from_pretrained(args.model, dtype=torch.float32).eval().to(args.device)
-    methods = args.methods.split(",")
+    methods, against = parse_methods(args.methods), parse_methods(args.against)
+    if missing := set(against) - {NONE, *methods}:
+        raise SystemExit(f"--against {args.against!r}: {', '.join(sorted(missing))} not among --methods {args.methods}")
     cells = {NONE: None} | {name: independent_of_questions(model, name, args.tokens) for name in methods}
-    settings = {
-        name: getattr(args, name) for name in ("methods", "tokens", "questions", "sizes") if getattr(args, name)
-    }
+    settings = {name: getattr(args, name) for name in ("methods", "tokens", "questions", "split", "sizes")}
     style = BRIGHT if args.sizes is None else sized(args.sizes)
     rows = finished(args.out, settings)
     processor, chat = AutoProcessor.from_pretrained(args.model), Chat(args.model)
-    for number, (scene, rng) in enumerate(islice(held_out(SEED, style), args.pictures)):
+    for number, (scene, rng) in enumerate(islice(held_out(SEED, style, args.split), args.pictures)):
         asked = list({one.text: one for one in q.ask(scene, rng, 4 * args.questions, MIX)}.values())[: args.questions]
         if number < len(rows):
             continue
@@ -68,7 +71,7 @@ def main(args: argparse.Namespace) -> None:
         with open(args.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(f"{number + 1} of {args.pictures} pictures", flush=True)
-    print(table(rows[: args.pictures]))
+    print(table(rows[: args.pictures], against))
     print(published_order(rows[: args.pictures], args.tokens))
 
 
@@ -168,15 +171,18 @@ def _resampled(rows: Sequence[dict]) -> np.ndarray:
     return resampled_scores("exam", [Outcome(ids, one, pictures=pictures) for one in right])
 
 
-def table(rows: Sequence[dict]) -> str:
-    """Percent right per type, and over all with the 95 % intervals of `apet.compare`, which draws whole pictures."""
+def table(rows: Sequence[dict], against: Sequence[str] = (NONE,)) -> str:
+    """Percent right per type, and over all with the 95 % intervals of `apet.compare`, which draws whole pictures.
+
+    The last lines are the intervals of the differences from the methods `against`.
+    """
     names = list(rows[0]["right"])
     lines = ["| | " + " | ".join(["questions", *names]) + " |", "|---" * (len(names) + 2) + "|"]
     for kind in sorted({kind for row in rows for kind in row["types"]}):
         lines.append(_line(kind, [_of(rows, name, kind) for name in names]))
     lines.append(_line("all", [_of(rows, name, None) for name in names]))
     scores = _resampled(rows)
-    for title, values in (("95 %", scores), ("minus none", scores - scores[names.index(NONE)])):
+    for title, values in (("95 %", scores), *((f"minus {one}", scores - scores[names.index(one)]) for one in against)):
         bounds = [f"{low:.1f} .. {high:.1f}" for low, high in map(interval, values)]
         lines.append(f"| {title} | | " + " | ".join(bounds) + " |")
     return "\n".join(lines)
