@@ -115,7 +115,8 @@ class ApetConfig:
             frames; "auto" is what the family was published with. Budgets inside the decoder are the clip's.
         compat: "published" for the published accounting of anyres images, or None. With it, padding takes budget at the
             vision stage, and decoder stages cut only the first tokens of an image, as many as the previous budget.
-        size_bias: Add the logarithm of the image tokens behind a token to its attention logits in the decoder.
+        size_bias: Add the logarithm of the image tokens behind a token to its attention logits in the decoder. None: as
+            the method was made, where the host can; engines such as vLLM cannot.
         seed: Seed of sampling, and of methods and bases that draw at random.
         tower_mode: What happens to patches inside the vision tower: "merge", "restore" or "lossless". "merge" keeps
             the worst rebuilt ones as method apet does and merges the rest into them, which count for their number in
@@ -144,7 +145,7 @@ class ApetConfig:
     budget_per: str = "crop"
     video_budget_per: str = "auto"
     compat: str | None = None
-    size_bias: bool = False
+    size_bias: bool | None = None
     seed: int = _flag(0)
     tower_mode: str = "merge"
     tower_layer_list: tuple[int, ...] = ()
@@ -286,8 +287,8 @@ class ApetConfig:
             raise ValueError(
                 f"video_budget_per={self.video_budget_per!r} is unknown; choose {', '.join(VIDEO_BUDGETS_PER)}"
             )
-        if not isinstance(self.size_bias, bool):
-            raise ValueError(f"size_bias={self.size_bias!r} must be true or false")
+        if not isinstance(self.size_bias, bool | None):
+            raise ValueError(f"size_bias={self.size_bias!r} must be true, false or none")
         if self.budget_per == "prompt":
             self._check_pooled()
         if self.compat not in (None, "published"):

@@ -21,7 +21,7 @@ STAGES = {
 NEEDED = {"vscan": {"shallow": 1}, "cdpruner": {"relevance": "embeddings"}}
 VARIANTS = [
     ("apet_plus", {"text": 1.0, "sinks": "merge", "rounds": 3}),
-    ("apet_plus", {"size_bias": True, "similarity_floor": None}),
+    ("apet_plus", {"size_bias": False, "similarity_floor": None}),
     ("mmtok", {"text": False}),
     ("dart", {"text_pivots": 0}),
     ("scope", {"alpha": 0.0}),
@@ -146,10 +146,12 @@ def test_every_family(family, name, options, stage):
 def test_a_method_can_wish_for_the_size_bias(llava_sdpa, stage):
     """As an option it is what it is as a field of the configuration, and it changes answers."""
     inputs, logits = batch(MIXED_ROWS), []
-    for options, fields in (({}, {}), ({"size_bias": True}, {}), ({}, {"size_bias": True})):
+    off = {"size_bias": False}
+    for options, fields in ((off, {}), ({"size_bias": True}, {}), ({}, {"size_bias": True}), ({}, {}), ({}, off)):
         with apet.patched(llava_sdpa, config_of("apet_plus", options, STAGES[stage] | fields)):
             logits.append(llava_sdpa(**inputs).logits)
     assert torch.equal(logits[1], logits[2]) and not torch.allclose(logits[0], logits[1], atol=1e-3)
+    assert torch.equal(logits[3], logits[1]) and torch.equal(logits[4], logits[0])
 
 
 def test_the_text_tower_is_refused_by_name(llava_sdpa):

@@ -59,7 +59,8 @@ class ApetPlus(Method):
         merge: Merge dropped tokens; False drops them.
         similarity_floor: Dropped tokens less similar to every kept one are not merged; None merges all.
         size_weighted: Weight means with the sizes left by earlier stages.
-        size_bias: Let rows count for as many tokens as they stand for in the decoder (`ApetConfig.size_bias`).
+        size_bias: Let rows count for as many tokens as they stand for in the decoder, where the host's attention can:
+            in transformers, not in vLLM. `ApetConfig.size_bias` goes before it.
         error_target: Share of the energy that may remain unexplained; None spends the whole budget.
         min_keep: Fewest tokens with `error_target`.
         text: Exponent of the relevance to the text; 0 is off and needs no text.
@@ -84,7 +85,7 @@ class ApetPlus(Method):
     merge: bool = True
     similarity_floor: float | None = 0.5
     size_weighted: bool = True
-    size_bias: bool = False
+    size_bias: bool = True
     error_target: float | None = None
     min_keep: int = 1
     text: float = 0.0

@@ -35,8 +35,8 @@ class Method:
         stages: Stages at which the method can run.
         features: Where its vision stage reads tokens: "pre_projector" or "post_projector".
         reads_sizes: Whether it weighs rows with the tokens that earlier stages folded into them.
-        size_bias: Whether its rows want to count for as many tokens as they stand for, as `ApetConfig.size_bias` asks
-            of any method.
+        size_bias: Whether its rows count for as many tokens as they stand for where `ApetConfig.size_bias` does not say
+            and the host's attention can take it.
     """
 
     name: ClassVar[str]
@@ -180,8 +180,9 @@ class Selector:
 
     @property
     def size_bias(self) -> bool:
-        """Whether sizes go into the decoder's attention, by the method's wish or the configuration's."""
-        return self.method.size_bias or self.context.config.size_bias
+        """Whether sizes go into the decoder's attention, in a host that can: the configuration's wish, else the method's."""
+        wish = self.context.config.size_bias
+        return self.method.size_bias if wish is None else wish
 
     @property
     def adaptive(self) -> bool:

@@ -110,7 +110,7 @@ def check_family(config: ApetConfig, row: Served) -> None:
     """
     try:
         select = image_selector(config, row)
-        if select.size_bias:
+        if config.size_bias or config.method_options.get("size_bias"):
             raise ValueError("size_bias is not possible in vLLM, whose attention takes no sizes: leave it out")
         if select.adaptive:
             raise ValueError(
