@@ -180,7 +180,7 @@ class Selector:
 
     @property
     def size_bias(self) -> bool:
-        """Whether sizes go into the decoder's attention, in a host that can: the configuration's wish, else the method's."""
+        """Whether sizes go into the attention of a host that can: the configuration's wish, else the method's."""
         wish = self.context.config.size_bias
         return self.method.size_bias if wish is None else wish
 

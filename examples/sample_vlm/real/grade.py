@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What is compared, on how much."""
     parser.add_argument("--model", type=Path, default=Path("runs/real/model"), help="written by `assemble`")
     parser.add_argument("--out", type=Path, default=Path("runs/real/grade.jsonl"), help="a line per picture; resumable")
-    parser.add_argument("--methods", default="random,apet,apet_plus,divprune", help="beside none; options after a colon")
+    parser.add_argument("--methods", default="random,apet,apet_plus,divprune", help="beside none")
     parser.add_argument("--tokens", type=int, default=64, help="visual tokens averaged over the decoder layers")
     parser.add_argument("--pictures", type=int, default=40)
     parser.add_argument("--questions", type=int, default=12, help="per picture")
