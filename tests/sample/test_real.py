@@ -203,6 +203,23 @@ def test_grade_resumes_counts_by_picture_and_refuses_what_reads_the_question(fol
         grade.independent_of_questions(deep, "fastv", 64)
 
 
+def test_grade_puts_one_stage_at_each_depth(folder, tmp_path, capsys):
+    words = ["grade", "--model", str(folder), "--out", str(tmp_path / "g.jsonl"), "--questions", "3", "--device", "cpu"]
+    words += ["--pictures", "1", "--methods", "random,apet", "--tokens", "16"]
+    real.main([*words, "--depths", "1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "| layer | random | apet | apet minus random |" in lines
+    assert lines[-2].startswith("| 1 | ") and lines[-1].startswith("3 questions; without compression ")
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    config = grade.independent_of_questions(model, "apet_plus:quota=0", 16, 1)
+    assert config == apet.ApetConfig(
+        method="apet_plus", method_options={"quota": 0}, layer_list=(1,), image_token_list=(16,)
+    )
+    for depths in ("0", "1000", "a", ""):
+        with pytest.raises(SystemExit, match="--depths .* must be layers from 1"):
+            real.main([*words, "--depths", depths])
+
+
 def test_grade_draws_things_as_large_as_asked_and_refuses_other_words():
     scene, _ = next(held_out(3, grade.sized("100,100")))
     widths = [thing.box[2] for thing in scene.things if thing.kind == "shape"]

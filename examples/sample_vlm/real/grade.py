@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/real/grade.jsonl"), help="a line per picture; resumable")
     parser.add_argument("--methods", default="random,apet,apet_plus,divprune", help="beside none")
     parser.add_argument("--tokens", type=int, default=64, help="visual tokens averaged over the decoder layers")
+    parser.add_argument("--depths", help="5,10,...: nothing but a stage that leaves --tokens behind one such layer")
     parser.add_argument("--pictures", type=int, default=40)
     parser.add_argument("--questions", type=int, default=12, help="per picture")
     parser.add_argument("--against", default=NONE, help="methods that the table's last lines set the others against")
@@ -56,8 +57,13 @@ def main(args: argparse.Namespace) -> None:
     methods, against = parse_methods(args.methods), parse_methods(args.against)
     if missing := set(against) - {NONE, *methods}:
         raise SystemExit(f"--against {args.against!r}: {', '.join(sorted(missing))} not among --methods {args.methods}")
-    cells = {NONE: None} | {name: independent_of_questions(model, name, args.tokens) for name in methods}
-    settings = {name: getattr(args, name) for name in ("methods", "tokens", "questions", "split", "sizes")}
+    depths = None if args.depths is None else layers_of(args.depths, model.config.text_config.num_hidden_layers)
+    cells = {NONE: None} | {
+        name if depth is None else f"{name}@{depth}": independent_of_questions(model, name, args.tokens, depth)
+        for depth in depths or [None]
+        for name in methods
+    }
+    settings = {name: getattr(args, name) for name in ("methods", "tokens", "depths", "questions", "split", "sizes")}
     style = BRIGHT if args.sizes is None else sized(args.sizes)
     rows = finished(args.out, settings)
     processor, chat = AutoProcessor.from_pretrained(args.model), Chat(args.model)
@@ -71,17 +77,36 @@ def main(args: argparse.Namespace) -> None:
         with open(args.out, "a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(f"{number + 1} of {args.pictures} pictures", flush=True)
-    print(table(rows[: args.pictures], against))
-    print(published_order(rows[: args.pictures], args.tokens))
+    if depths is None:
+        print(table(rows[: args.pictures], against))
+        print(published_order(rows[: args.pictures], args.tokens))
+    else:
+        print(by_depth(rows[: args.pictures], methods, depths))
 
 
-def independent_of_questions(model: nn.Module, method: str, tokens: int) -> apet.ApetConfig:
-    """The method's configuration.
+def layers_of(text: str, layers: int) -> list[int]:
+    """The decoder layers that `--depths` names.
+
+    Raises:
+        SystemExit: Something that is no layer of the model with another one behind it.
+    """
+    words = text.split(",")
+    if not all(word.isdecimal() and 0 < int(word) < layers for word in words):
+        raise SystemExit(f"--depths {text!r} must be layers from 1 to {layers - 1}, like 5,10")
+    return sorted(set(map(int, words)))
+
+
+def independent_of_questions(model: nn.Module, method: str, tokens: int, depth: int | None = None) -> apet.ApetConfig:
+    """The method's configuration: as published, or with nothing but a stage behind the layer `depth`.
 
     Raises:
         SystemExit: It reads the question, which comes after the picture is compressed here.
     """
     config = budget(model, method, tokens)
+    if depth is not None:
+        config = apet.ApetConfig(
+            method=config.method, method_options=config.method_options, layer_list=(depth,), image_token_list=(tokens,)
+        )
     chosen = get_method(config.method, **config.method_options)
     read = [*chosen.needs("llm"), *(_READ_TEXT & chosen.needs("vision").keys())]
     if read:
@@ -186,6 +211,22 @@ def table(rows: Sequence[dict], against: Sequence[str] = (NONE,)) -> str:
         bounds = [f"{low:.1f} .. {high:.1f}" for low, high in map(interval, values)]
         lines.append(f"| {title} | | " + " | ".join(bounds) + " |")
     return "\n".join(lines)
+
+
+def by_depth(rows: Sequence[dict], methods: Sequence[str], depths: Sequence[int]) -> str:
+    """Percent right with one stage at each depth, and the intervals of what methods are above the first one."""
+    names, scores = list(rows[0]["right"]), _resampled(rows)
+    first, *others = methods
+    lines = ["| layer | " + " | ".join([*methods, *(f"{one} minus {first}" for one in others)]) + " |"]
+    lines.append("|---" * (len(methods) + len(others) + 1) + "|")
+    for depth in depths:
+        cells = [f"{100 * np.mean(_of(rows, f'{one}@{depth}', None)):.1f}" for one in methods]
+        for one in others:
+            low, high = interval(scores[names.index(f"{one}@{depth}")] - scores[names.index(f"{first}@{depth}")])
+            cells.append(f"{low:.1f} .. {high:.1f}")
+        lines.append(f"| {depth} | " + " | ".join(cells) + " |")
+    full = 100 * np.mean(_of(rows, NONE, None))
+    return "\n".join([*lines, f"{len(_of(rows, NONE, None))} questions; without compression {full:.1f}"])
 
 
 def _of(rows: Sequence[dict], name: str, kind: str | None) -> list[bool]:
