@@ -62,7 +62,7 @@ class Forward:
     given: dict[str, Any]
     cache: Any
     prefill: bool
-    copies: HostCopies = field(default_factory=HostCopies)
+    copies: HostCopies | None = None
     encoded: dict[int, Encoding] = field(default_factory=dict)
     generated: int = 0
     state: PromptState | None = None
