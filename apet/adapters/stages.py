@@ -153,40 +153,9 @@ def candidates_of(stage: Stage, unit: Unit) -> np.ndarray:
     return np.arange(unit.length) if unit.lines is None else np.flatnonzero(unit.lines > -2)
 
 
-def around(unit: Unit, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Positions in front of and behind a unit's candidates that stay whichever of these do.
-
-    With them the shortened unit is known but for the device's choice, and the host need not look at it. None where what
-    stays depends on the choice (newlines of several lines), stands among the candidates, or the unit is in several
-    places.
-    """
-    first, behind = int(candidates[0]), int(candidates[-1]) + 1
-    if len(unit.blocks) > 1 or behind - first != len(candidates):
-        return None
-    others = np.arange(first), np.arange(behind, unit.length)
-    if _follow(unit, candidates):
-        line = unit.lines[first]
-        lines = np.concatenate([unit.lines[part] for part in others])
-        if line < 0 or (unit.lines[candidates] != line).any() or (lines != -(line + 2)).any():
-            return None
-    return others
-
-
-def _follow(unit: Unit, candidates: np.ndarray) -> bool:
-    """Whether what is no candidate stays only where a token of its line does; else it stays in any case."""
-    return unit.lines is not None and len(candidates) == (unit.lines > -2).sum()
-
-
-def device_choice(
-    tokens: Tensor, indices: Tensor, candidates: np.ndarray, others: tuple[np.ndarray, np.ndarray]
-) -> Choice:
-    """The method's decision (`indices` (K,) among the candidates) between what stays around them."""
-    front, behind = others
-    positions = indices
-    if len(front) or len(behind):
-        parts = to_device(front, indices.device), indices + int(candidates[0]), to_device(behind, indices.device)
-        positions = torch.cat(parts)
-    return Choice(len(positions), positions, tokens, len(front) + np.arange(len(indices)))
+def is_simple(unit: Unit, candidates: np.ndarray) -> bool:
+    """Whether the shortened unit is what was kept, in one place: then the host need not know which columns stay."""
+    return len(unit.blocks) == 1 and len(candidates) == unit.length
 
 
 def method_choice(tokens: Tensor, indices: np.ndarray, unit: Unit, candidates: np.ndarray) -> Choice:
@@ -195,7 +164,7 @@ def method_choice(tokens: Tensor, indices: np.ndarray, unit: Unit, candidates: n
     chosen = candidates[indices]
     keep = np.ones(unit.length, dtype=bool)
     keep[candidates] = False
-    if _follow(unit, candidates):
+    if lines is not None and len(candidates) == (lines > -2).sum():
         alive = np.zeros_like(keep)
         alive[chosen] = True
         keep = follows(lines, alive)
@@ -336,14 +305,14 @@ def _choices(group: Group, select: Select, result: CompressedTokens, sizes: Tens
     if result.indices.shape[1] >= group.columns.shape[1]:
         return [None] * len(group.units)  # with the basis appended there would be no fewer rows than before
     pairs = list(zip(group.units, group.candidates, strict=True))
-    staying = [None if select.adaptive else around(unit, candidates) for unit, candidates in pairs]
-    known = result.indices.cpu().numpy() if any(others is None for others in staying) else None
+    simple = [not select.adaptive and is_simple(unit, candidates) for unit, candidates in pairs]
+    known = None if all(simple) else result.indices.cpu().numpy()
     folded = None if sizes is None else token_sizes(result, sizes[group.rows, group.places])
     choices: list[Choice | None] = []
-    for number, ((unit, candidates), others) in enumerate(zip(pairs, staying, strict=True)):
-        tokens = result.tokens[number]
-        if others is not None:
-            choice = device_choice(tokens, result.indices[number], candidates, others)
+    for number, (unit, candidates) in enumerate(pairs):
+        tokens, indices = result.tokens[number], result.indices[number]
+        if simple[number]:
+            choice = Choice(len(indices), indices, tokens, np.arange(len(indices)))
         else:
             real = known[number] >= 0
             tokens = tokens[: real.sum()]
