@@ -8,15 +8,11 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton: its own functions are bound then
 
-import torch._dynamo.guards  # noqa: E402
 from tiny import tiny_llava  # noqa: E402
 from transformers import LlavaForConditionalGeneration  # noqa: E402
 
 # The models are tiny: a second thread costs more in synchronisation than it computes, most of all on a busy machine.
 torch.set_num_threads(1)
-# Behind every compiled graph torch times its guards for a line of a log, after emptying the caches of the processor:
-# a tenth of a second each.
-torch._dynamo.guards.profile_guard_manager = lambda *_: 0.0
 
 
 @pytest.fixture(scope="session", params=["sdpa", "eager"])
