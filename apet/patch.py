@@ -34,7 +34,7 @@ class _Patch:
         made = plan(adapter, config)
         self.prompt = PromptPatch(adapter, config, made.stages, made.keep_positions, made.size_bias)
         self.encoder = EncoderPatch(
-            adapter, made.vision, made.taps, made.per_frame, config, self.prompt.forwards, made.tower
+            adapter, made.vision, made.taps, made.per_frame, config, self.prompt.forwards, self.prompt.reads, made.tower
         )
         self._handles = [*self.encoder.attach(), *self.prompt.attach()]
 

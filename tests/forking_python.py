@@ -4,7 +4,8 @@ A program that answers spends its first seconds on importing torch and transform
 tiny model. `forking_python()` starts one process that imports them once, and gives an interpreter that hands it the
 command lines of those programs: each runs in a process of its own, in the caller's folder and environment and on its
 terminal. All other command lines run as they are. Signals do not reach the fork, so a test of them takes
-`sys.executable`, and so does one of how a program starts.
+`sys.executable` (or has the fork send them to its own children, as the driver of the fault tests does), and so does one
+of how a program starts.
 """
 
 import atexit
@@ -22,8 +23,10 @@ import tempfile
 import traceback
 from pathlib import Path
 
-PROGRAMS = ("llava.eval.model_vqa_loader", "llava.eval.model_vqa_mmbench", "llava.eval.model_vqa_science",
-            "llava.eval.video_qa")  # fmt: skip
+# How their command lines begin.
+PROGRAMS = ("-m apet", "-m llava.eval.model_vqa_loader", "-m llava.eval.model_vqa_mmbench",
+            "-m llava.eval.model_vqa_science", "-m llava.eval.video_qa",
+            str(Path(__file__).with_name("eval") / "fault_driver.py"))  # fmt: skip
 
 
 @functools.cache
@@ -37,8 +40,8 @@ def forking_python() -> Path:
     real = shlex.quote(sys.executable)
     # Without `site`: the client needs nothing of it, and starts at once.
     client = f"{real} -S -E {shlex.quote(__file__)} {address}"
-    known = " | ".join(f'"-m {name} "*' for name in PROGRAMS)
-    python.write_text(f'#!/bin/sh\ncase "$*" in {known}) exec {client} "$@" ;; *) exec {real} "$@" ;; esac\n')
+    known = " | ".join(f'"{beginning} "*' for beginning in PROGRAMS)
+    python.write_text(f'#!/bin/sh\ncase "$* " in {known}) exec {client} "$@" ;; *) exec {real} "$@" ;; esac\n')
     python.chmod(0o755)
     root = str(Path(__file__).resolve().parents[1])
     server = subprocess.Popen(
@@ -89,9 +92,12 @@ def run(client: socket.socket) -> int:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    _, module, *sys.argv[1:] = request["words"]
+    program, *sys.argv[1:] = request["words"]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if program == "-m":
+            runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(program, run_name="__main__")
         status = 0
     except SystemExit as ended:
         status = ended.code or 0

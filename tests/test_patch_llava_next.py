@@ -17,8 +17,8 @@ PER_IMAGE = ApetConfig(visual_token_num=20, basis_token_num=3, budget_per="image
 WHOLE = ApetConfig(visual_token_num=25, layer_list=[2], image_token_list=[2000], basis_token_num=3)
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
-def model(request):
+def make(attention: str) -> LlavaNextForConditionalGeneration:
+    """A tiny model of 25 tokens per crop."""
     vision = CLIPVisionConfig(
         hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=SIDE, patch_size=14
     )
@@ -29,11 +29,16 @@ def model(request):
     pinpoints = [[70, 140], [140, 70], [140, 140], [210, 70], [70, 210]]
     config = LlavaNextConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE_ID, image_grid_pinpoints=pinpoints,
-        attn_implementation=request.param,
+        attn_implementation=attention,
     )  # fmt: skip
     model = randomise(LlavaNextForConditionalGeneration(config)).eval()
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
     return model
+
+
+@pytest.fixture(scope="module", params=["sdpa", "eager"])
+def model(request):
+    return make(request.param)
 
 
 def inputs(model, which=(0, 1, 2)) -> dict:

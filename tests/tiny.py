@@ -17,6 +17,14 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+def cut_decoder(model: torch.nn.Module, layers: int) -> torch.nn.Module:
+    """Leave a LLaVA its first decoder layers only; returns it."""
+    text = model.model.language_model
+    del text.layers[layers:]
+    text.config.num_hidden_layers = model.config.text_config.num_hidden_layers = layers
+    return model
+
+
 # Vision towers with a class token that a LLaVA may have.
 TOWERS = {"clip": (CLIPVisionConfig, {"intermediate_size": 48}), "dinov2": (Dinov2Config, {"mlp_ratio": 2})}
 

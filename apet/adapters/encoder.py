@@ -15,6 +15,7 @@ import torch
 
 from apet.adapters import host
 from apet.adapters.base import Adapter
+from apet.adapters.copies import PackedSizes, Reads
 from apet.adapters.hooks import InFlight, Removable, Wrapped
 from apet.adapters.tower import TowerDepth, TowerTap
 from apet.adapters.tower_packed import PackedReduction
@@ -34,6 +35,7 @@ class EncoderPatch:
         per_frame: Videos are compressed frame by frame, so the borders of the frames are needed.
         settings: Configuration; a forward takes only what was encoded under its own.
         forwards: Forwards of the model in flight.
+        reads: What the host knows of arguments.
         tower: What happens inside the towers, if anything.
     """
 
@@ -45,16 +47,19 @@ class EncoderPatch:
         per_frame: bool,
         settings: Any,
         forwards: InFlight,
+        reads: Reads,
         tower: TowerStage | None = None,
     ) -> None:
         self._adapter, self._vision, self._taps, self._tower = adapter, vision, taps, tower
-        self._per_frame, self._settings, self._forwards = per_frame, settings, forwards
+        self._per_frame, self._settings, self._forwards, self._reads = per_frame, settings, forwards, reads
         self._encodings = InFlight() if vision is None else vision.encodings
 
     def attach(self) -> list[Removable]:
         """Wrap and hook; returns the handles."""
         depth, towers = max((tap.depth for tap in self._taps), default=0), self._adapter.towers
-        handles = self._reduce_towers()
+        packed = [tower for tower in self._adapter.reducible_towers if host.packed_layers(tower)]
+        handles = [handle for tower in packed for handle in PackedSizes(tower, self._tower is not None).attach()]
+        handles += self._reduce_towers()
         # Outside of the stage's wrappers, so that these never see a layer that is skipped.
         handles += [handle for tower in towers for handle in TowerDepth(tower, depth).attach()]
         if self._vision is not None:
@@ -90,7 +95,11 @@ class EncoderPatch:
         forward, outer = self._forwards.top, self._encodings.top
         if outer is not None and outer.owner is forward:  # a video encoder may call the one for images
             return original(*args, **kwargs)
-        given = host.by_name(host.argument_names(original), args) | kwargs
+        names = host.argument_names(original)
+        copies = self._reads.begun(host.by_name(names, args) | kwargs)
+        args = tuple(copies.seen(name, value) for name, value in zip(names, args, strict=False))
+        kwargs = {name: copies.seen(name, value) for name, value in kwargs.items()}
+        given = host.by_name(names, args) | kwargs
         self._check_layer(given.get("vision_feature_layer"))
         encoding = Encoding(self._adapter.crop_layouts(given), forward, self._settings)
         if self._vision is not None:

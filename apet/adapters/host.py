@@ -21,7 +21,13 @@ from transformers import AttentionInterface, Cache, CompileConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-from transformers.vision_utils import get_vision_window_index
+from transformers.vision_utils import (
+    get_max_seqlen,
+    get_vision_attention_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 # What CI runs; requirements.txt has the same range.
 TESTED = ">=5.17,<5.25"
@@ -248,10 +254,53 @@ def run_layer(
     return layer(hidden, attention_mask=mask, position_embeddings=rotary, use_cache=True, **with_cache(cache))
 
 
+# What a host reads on its own, and what it computes with it
+
+# Arguments of `generate`, of forwards and of encoders whose values decide about shapes or positions.
+READ_BY_HOSTS = (
+    "input_ids", "attention_mask", "image_sizes", "batch_num_images", "image_grid_thw", "video_grid_thw",
+    "mm_token_type_ids", "second_per_grid_ts",
+)  # fmt: skip
+# Those that an encoder may be given on the host.
+READ_BY_ENCODERS = ("image_sizes", "batch_num_images", "image_grid_thw", "video_grid_thw")
+# What makes the arguments of a forward of those of `generate`; where placeholders are, and the check of their number;
+# rotary positions with M-RoPE.
+PREPARE, PLACEHOLDERS, ROTARY_POSITIONS = "prepare_inputs_for_generation", "get_placeholder_mask", "get_rope_index"
+
+
+# `generate` looks for negative ids here, behind the encoder.
+LOGITS_PROCESSORS = "_get_logits_processor"
+
+
+def prompt_beside(given: Mapping[str, Any]) -> Tensor | None:
+    """The ids among the arguments of `LOGITS_PROCESSORS`, where it only looks at them; None if it keeps them."""
+    config = given["generation_config"]
+    penalty, length = config.encoder_repetition_penalty, config.encoder_no_repeat_ngram_size
+    return given.get("encoder_input_ids") if penalty in (None, 1.0) and length in (None, 0) else None
+
+
+def with_prompt_beside(given: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
+    """These arguments with other ids."""
+    return {**given, "encoder_input_ids": ids}
+
+
+def shape_alone(given: Mapping[str, Any], ids: Tensor) -> dict[str, Tensor]:
+    """Arguments of `PLACEHOLDERS` with which it works on the host: ids, and embeddings of which only the shape counts.
+
+    Args:
+        given: Its arguments.
+        ids: (B, L) on the CPU.
+    """
+    embeds = given["inputs_embeds"]
+    return {"input_ids": ids, "inputs_embeds": torch.empty((), dtype=embeds.dtype).expand(embeds.shape)}
+
+
 # Masks, positions and caches
 
 
-def causal_mask(text_model: nn.Module, hidden: Tensor, mask: Tensor | None, cache: Cache | None, layer: int) -> Any:
+def causal_mask(
+    text_model: nn.Module, hidden: Tensor, mask: Tensor | None, cache: Cache | None, layer: int, padded: bool = False
+) -> Any:
     """The mask of a decoder layer, as its attention implementation wants it.
 
     Args:
@@ -260,10 +309,31 @@ def causal_mask(text_model: nn.Module, hidden: Tensor, mask: Tensor | None, cach
         mask: (B, keys) bool, False on padding; None without padding.
         cache: The prompt's cache.
         layer: 0-based.
+        padded: Whether the mask is known to have padding; else the host reads it, to leave out a mask without any.
     """
     return create_causal_mask(
-        config=text_model.config, inputs_embeds=hidden, attention_mask=mask, layer_idx=layer, **with_cache(cache)
-    )
+        config=text_model.config, inputs_embeds=hidden, attention_mask=mask, layer_idx=layer,
+        allow_is_causal_skip=not padded, **with_cache(cache),
+    )  # fmt: skip
+
+
+def takes_prepared_mask(text_model: nn.Module) -> bool:
+    """Whether attention takes what `causal_mask` makes of padding as it is: all but FlashAttention, which unpads."""
+    return ALL_MASK_ATTENTION_FUNCTIONS[attention_name(text_model.config)] in _MASKS_OF_VALUES
+
+
+_MASKS_OF_VALUES = tuple(ALL_MASK_ATTENTION_FUNCTIONS[name] for name in ("eager", "sdpa"))
+
+
+def makes_cache(text_model: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a text model that is given no cache makes one before it makes its mask."""
+    asked = kwargs.get("use_cache")
+    return bool(text_model.config.use_cache if asked is None else asked)
+
+
+def check_made(expected: bool, cache: Cache | None) -> None:
+    """Raise where a text model that should have made a cache has not."""
+    _expect(not expected or cache is not None, "a text model with use_cache makes no cache")
 
 
 def rotary(text_model: nn.Module, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -465,8 +535,35 @@ def packed_grid(forward: Callable, args: Sequence[Any], kwargs: Mapping[str, Any
     return given["grid_thw"]
 
 
+def packed_precomputed(tower: nn.Module, grid: Tensor) -> dict[str, Any]:
+    """What such a tower computes from the sizes of its pictures, and takes as keyword arguments too.
+
+    Args:
+        tower: The tower.
+        grid: (pictures, 3) on the CPU.
+    """
+    merged, config = tower.spatial_merge_size, tower.config
+    borders, longest = get_vision_attention_seqlens(grid, config)
+    found = {"position_ids": get_vision_position_ids(grid, merged), "cu_seqlens": borders, "max_seqlen": longest}
+    if hasattr(tower, "fullatt_block_indexes"):
+        order, windows = get_vision_window_index(grid, merged, tower.window_size, tower.patch_size)
+        longest = get_max_seqlen(windows, config)
+        found |= {"window_index": order, "cu_window_seqlens": windows, "max_window_seqlen": longest}
+    if hasattr(tower, "num_grid_per_side"):
+        found["interp_indices"], found["interp_weights"] = get_vision_interpolation_indices_and_weights(
+            grid, tower.num_grid_per_side, tower.interpolation_mode, tower.interpolation_align_corners, merged
+        )
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def packed_read(tower: nn.Module) -> frozenset[str]:
+    """Those of them that layers read on the host: borders of segments, but for FlashAttention's kernels."""
+    flash = attention_name(tower.config).startswith("flash_attention")
+    return frozenset() if flash else frozenset(("cu_seqlens", "cu_window_seqlens"))
+
+
 def packed_order(tower: nn.Module, grid: Tensor) -> Tensor:
-    """(G,) token that every group of patches becomes: a tower with windows moves them together."""
+    """(G,) token, on the grid's device, that every group becomes: a tower with windows moves patches together."""
     count = int(grid.prod(-1).sum()) // packed_unit(tower)
     if not hasattr(tower, "fullatt_block_indexes"):
         return torch.arange(count, device=grid.device)

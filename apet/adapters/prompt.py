@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from apet.adapters import host
 from apet.adapters.base import Adapter
 from apet.adapters.cache import LayerGroup, PromptState, forget_prompt, keep_state, state_of, widened
+from apet.adapters.copies import HostCopies, Reads
 from apet.adapters.encoder import CARRIED
 from apet.adapters.hooks import InFlight, PerThread, Removable, Wrapped
 from apet.adapters.inputs import StageView
@@ -41,6 +42,7 @@ class Forward:
         given: Arguments of the base model, by name.
         cache: The cache it was given; in a prefill without one that of the text model.
         prefill: Whether a prompt begins; else it goes on from a filled cache.
+        copies: What the host knows of the arguments, in a prefill.
         encoded: Per kind of placeholder (image, video) what an encoder call left.
         generated: Columns at the end that are no part of the prompt: without a cache, tokens generated before.
         state: What decoding must know of the prompt; None where nothing is compressed.
@@ -53,12 +55,14 @@ class Forward:
         taps: Input and rotary embeddings of the layers in front of stages that ask for them.
         overrides: Per first layer of a group, mask and rotary embeddings of its layers.
         runs: What the stages did.
+        makes_cache: Whether the text model is to make the cache.
         reached: Whether the text model and its first layer have seen the forward.
     """
 
     given: dict[str, Any]
     cache: Any
     prefill: bool
+    copies: HostCopies | None = None
     encoded: dict[int, Encoding] = field(default_factory=dict)
     generated: int = 0
     state: PromptState | None = None
@@ -71,6 +75,7 @@ class Forward:
     taps: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     overrides: dict[int, tuple[Tensor | None, tuple[Tensor, Tensor]]] = field(default_factory=dict)
     runs: list[StageRun] = field(default_factory=list)
+    makes_cache: bool = False
     reached: bool = False
 
     @property
@@ -106,7 +111,7 @@ class PromptPatch:
         self._sizes = size_bias or any(rule.select.reads_sizes for rule in rules)
         self._base_names = host.argument_names(adapter.base_model.forward)
         self._generating, self._last = InFlight(), PerThread()
-        self.forwards = InFlight()
+        self.forwards, self.reads = InFlight(), Reads(adapter.model, adapter.base_model)
 
     @property
     def last(self) -> CompressionResult | None:
@@ -127,8 +132,7 @@ class PromptPatch:
         for index, layer in enumerate(self._adapter.layers):
             hook = functools.partial(self._before_layer, index)
             handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-        if self._asks:
-            handles.append(Wrapped(model, "generate", self._generate))
+        handles += [Wrapped(model, "generate", self._generate), *self.reads.attach()]
         handles += [Wrapped(model, name, _refuse_continuous) for name in host.CONTINUOUS if hasattr(model, name)]
         if self._size_bias:
             handles += SizeBias(self._adapter).attach()
@@ -160,6 +164,7 @@ class PromptPatch:
         forward = Forward(given, cache, prefill)
         if prefill:
             forget_prompt(cache)  # an emptied cache may carry the state of the prompt before
+            forward.copies = self.reads.begun(given)
             forward.generated = self._generated(given.get("input_ids"), cache)
         else:
             refuse_continuation(given, tokens, cache, state)
@@ -171,7 +176,7 @@ class PromptPatch:
         forward: Forward = kwargs[host.PASSED]
         if not forward.prefill:
             return original(*args, **kwargs)
-        with self.forwards.during(forward):
+        with self.forwards.during(forward), self.reads.during(forward.copies):
             return original(*args, **kwargs)
 
     def _leave(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -191,7 +196,8 @@ class PromptPatch:
 
     def _generate(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         ids = host.prompt_ids(args, kwargs)
-        with self._generating.during(None if ids is None else ids.shape[1]):
+        copies = self.reads.begun(kwargs | {"input_ids": ids})
+        with self._generating.during(None if ids is None else ids.shape[1]), self.reads.during(copies):
             return original(*args, **kwargs)
 
     def _generated(self, ids: Tensor | None, cache: Any) -> int:
@@ -273,18 +279,36 @@ class PromptPatch:
         if self._sizes:
             forward.sizes = self._tower_sizes(forward, torch.ones(embeds.shape[:2], device=embeds.device))
         forward.entry = (embeds, forward.layout) if self._asks else None
-        if 0 not in self._stages:
-            return kwargs
-        before = forward.layout
-        embeds, source = self._run_stage(forward, self._stages[0], embeds)
+        forward.makes_cache = forward.cache is None and host.makes_cache(self._adapter.text_model, kwargs)
+        before, source = forward.layout, None
+        if 0 in self._stages:
+            embeds, source = self._run_stage(forward, self._stages[0], embeds)
         if source is None:
-            return kwargs
+            mask = self._known_mask(forward, embeds, inputs.mask)
+            return host.replaced_text_inputs(kwargs, host.TextInputs(embeds, mask, inputs.positions))
         kwargs = self._adapter.shorten_inputs(kwargs, before, forward.layout, source)
-        mask = forward.state.groups[-1].mask
-        if mask is None and forward.cache is None:
+        mask = self._known_mask(forward, embeds, forward.state.groups[-1].mask)
+        if mask is None and forward.cache is None and not forward.makes_cache:
             # Without cache and mask the text model would take gaps in the positions for packed sequences.
             mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         return host.replaced_text_inputs(kwargs, host.TextInputs(embeds, mask, forward.positions))
+
+    def _known_mask(self, forward: Forward, embeds: Tensor, mask: Any) -> Any:
+        """A mask for the text model that it need not read to see whether there is padding.
+
+        Args:
+            forward: The forward, with the layout of the columns.
+            embeds: (B, L, D).
+            mask: What it would be given; only one of shape (B, L) is exchanged.
+        """
+        if not isinstance(mask, Tensor) or mask.shape != embeds.shape[:2]:
+            return mask
+        if not forward.layout.has_padding:
+            return None if forward.cache is not None or forward.makes_cache else mask
+        text_model = self._adapter.text_model
+        if not host.takes_prepared_mask(text_model):
+            return mask
+        return host.causal_mask(text_model, embeds, mask, forward.cache, 0, padded=True)
 
     def _before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         if host.PASSED not in kwargs:
@@ -316,6 +340,7 @@ class PromptPatch:
         """In front of layer 0: the cache the layers get must be the one the patch goes by; the state goes onto it."""
         forward.reached = True
         cache = host.check_cache(forward.cache, args, kwargs)
+        host.check_made(forward.makes_cache, cache)
         if forward.prefill and cache is not None:
             forward.cache = cache
             if forward.state is not None:
@@ -340,14 +365,11 @@ class PromptPatch:
             raise ValueError(
                 "a patched model cannot find the images in inputs_embeds; pass input_ids with pixel_values instead"
             )
-        kinds = torch.full_like(ids, -1)
-        for kind, placeholder in enumerate(self._adapter.placeholder_ids):
-            kinds = kinds.masked_fill(ids == placeholder, kind)
-        valid = valid_columns(mask, forward.cache, kinds >= 0)
-        kinds, valid = torch.stack([kinds, valid.to(kinds)]).cpu().numpy()
+        kinds = kinds_of(forward.copies.of(ids), self._adapter.placeholder_ids)
+        valid = valid_columns(mask, forward.cache, forward.copies, kinds.shape)
         known = range(len(self._adapter.placeholder_ids))
         encoded = [self._encoded(forward, kind, bool((kinds == kind).any())) for kind in known]
-        return layout_from_ids(kinds, valid.astype(bool), encoded, self._adapter.runs_are_items)
+        return layout_from_ids(kinds, valid, encoded, self._adapter.runs_are_items)
 
     def _encoded(self, forward: Forward, kind: int, needed: bool) -> Sequence[Item]:
         """The images (kind 0) or videos (1) that the prompt's placeholders stand for."""
@@ -443,12 +465,10 @@ class PromptPatch:
         """Attention mask and rotary embeddings of the layers of a group, in prefill or decoding."""
         if forward.prefill:
             mask, positions = group.mask, forward.positions
-            if mask is None and forward.cache is None:
-                mask = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         else:
             mask, positions = self._decode_inputs(forward, group, hidden.shape[1])
-        text_model = self._adapter.text_model
-        mask = host.causal_mask(text_model, hidden, mask, forward.cache, group.first)
+        text_model, padded = self._adapter.text_model, forward.prefill and mask is not None
+        mask = host.causal_mask(text_model, hidden, mask, forward.cache, group.first, padded)
         return mask, host.rotary(text_model, hidden, positions)
 
     def _decode_inputs(self, forward: Forward, group: LayerGroup, queries: int) -> tuple[Tensor | None, Tensor]:
@@ -490,12 +510,9 @@ class PromptCount:
         return args, {name: value for name, value in kwargs.items() if name not in _OWN}
 
     def _count(self, ids: Tensor | None, items: Tensor | None) -> CompressionResult:
-        if items is None:
-            items = torch.full_like(ids, -1)
-            for kind, placeholder in enumerate(self._adapter.placeholder_ids):
-                items = items.masked_fill(ids == placeholder, kind)
-        blocks = Layout(items.cpu().numpy()).blocks()
-        rows = range(items.shape[0])
+        kinds = kinds_of(ids.cpu(), self._adapter.placeholder_ids) if items is None else items.cpu().numpy()
+        blocks = Layout(kinds).blocks()
+        rows = range(len(kinds))
         tokens_in = tuple(tuple(block.length for block in blocks if block.row == row) for row in rows)
         return CompressionResult(self._config, len(self._adapter.layers), (), tokens_in)
 
@@ -528,22 +545,31 @@ def refuse_continuation(given: dict, tokens: Tensor, cache: Any, state: PromptSt
         )
 
 
-def valid_columns(mask: Any, cache: Any, visual: Tensor) -> Tensor:
-    """(B, L) bool, False on padding, from any mask the text model can be given.
+def kinds_of(ids: Tensor, placeholders: Sequence[int]) -> np.ndarray:
+    """(B, L) int64 number of the placeholder that an id (B, L, on the CPU) is; -1 for text."""
+    kinds = np.full(ids.shape, -1, dtype=np.int64)
+    for kind, placeholder in enumerate(placeholders):
+        kinds[ids.numpy() == placeholder] = kind
+    return kinds
+
+
+def valid_columns(mask: Any, cache: Any, copies: HostCopies, shape: tuple[int, int]) -> np.ndarray:
+    """(B, L) bool, False on padding, from any mask the text model can be given; read where `copies` do not have it.
 
     Raises:
         ValueError: A 4-D mask that `generate` did not make.
     """
     mask = host.full_mask(mask)
     if mask is None:
-        return torch.ones_like(visual)
-    if mask.dim() == 2:
-        return mask[:, : visual.shape[1]].bool()
-    if not host.is_static(cache):
-        raise ValueError("a patched model takes 2-D attention masks (batch, length); it cannot shorten a 4-D one")
-    # generate() builds 4-D masks for static caches; the last query sees exactly the real tokens.
-    row = mask[:, 0, -1, : visual.shape[1]]
-    return row if row.dtype == torch.bool else row == 0
+        return np.ones(shape, dtype=bool)
+    known = copies.of(mask)
+    if known is None and mask.dim() == 4:
+        if not host.is_static(cache):
+            raise ValueError("a patched model takes 2-D attention masks (batch, length); it cannot shorten a 4-D one")
+        # generate() builds 4-D masks for static caches; the last query sees exactly the real tokens.
+        row = mask[:, 0, -1]
+        mask = row if row.dtype == torch.bool else row == 0
+    return (mask if known is None else known).bool().cpu().numpy()[:, : shape[1]]
 
 
 def _refuse_continuous(original: Any, *args: Any, **kwargs: Any) -> None:

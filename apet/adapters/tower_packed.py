@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from apet.adapters import host
 from apet.adapters.hooks import InFlight
+from apet.adapters.layout import to_device
 from apet.adapters.stages import budget_for, equal
 from apet.adapters.tower_pixels import unpredicted
 from apet.adapters.tower_stage import (
@@ -161,11 +162,12 @@ class PackedReduction(Reduction):
         self._unit = host.packed_unit(tower)
 
     def _open(self, encoding: Any, original: Any, args: tuple, kwargs: dict) -> _Run:
-        grid = host.packed_grid(original, args, kwargs)
+        grid, pixels = host.packed_grid(original, args, kwargs).cpu(), host.tower_pixels(original, args, kwargs)
         lengths = [rows * columns // self._unit for steps, rows, columns in grid.tolist() for _ in range(steps)]
-        run = _Run(encoding, tuple(lengths), host.packed_order(self._tower, grid))
+        order = to_device(host.packed_order(self._tower, grid).numpy(), pixels.device)
+        run = _Run(encoding, tuple(lengths), order)
         if self._stage.mode == "lossless":
-            run.pixels, run.grids = host.tower_pixels(original, args, kwargs), grid.tolist()
+            run.pixels, run.grids = pixels, grid.tolist()
         return run
 
     @torch.compiler.disable

@@ -58,8 +58,8 @@ class Preset:
             setattr(config.text_config, name, value)
         vision = config.vision_config
         if hasattr(vision, "depth"):
-            vision.depth, vision.hidden_size, vision.intermediate_size = 3, 64, 96
-            vision.num_heads, vision.fullatt_block_indexes, vision.out_hidden_size = 4, [1], 64
+            vision.depth, vision.hidden_size, vision.intermediate_size = 3, 32, 48
+            vision.num_heads, vision.fullatt_block_indexes, vision.out_hidden_size = 1, [1], 64
             config.text_config.rope_parameters["mrope_section"] = [2, 3, 3]
         else:
             for name, value in (_SMALL | {"num_hidden_layers": 3, "projection_dim": 64}).items():

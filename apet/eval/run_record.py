@@ -4,6 +4,7 @@ Settings (everything that can change an answer), environment, counts and times. 
 settings, and a score can be traced back to what produced it.
 """
 
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -286,6 +287,7 @@ def machine(device: str) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from forking_python import forking_python
 
 import apet
 from apet.methods import base
@@ -56,10 +57,11 @@ def test_the_code_of_a_page_prints_what_the_page_says(name, place):
 def test_the_commands_of_the_tutorial_run(place):
     lines = [line for language, text in blocks("tutorial") if language == "bash" for line in text.splitlines()]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+    python = forking_python()
     for line in lines:
         assert line.startswith("apet "), line
         done = subprocess.run(
-            [sys.executable, "-m", *line.split()], env=environment, capture_output=True, text=True, check=False
+            [python, "-m", *line.split()], env=environment, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, (line, done.stderr)
     assert len(lines) == 3 and (place / "runs/kept.png").is_file() and (place / "runs/first/table.md").is_file()

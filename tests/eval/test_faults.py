@@ -1,20 +1,18 @@
 """A run that is killed, interrupted or runs out of space at any point: nothing lost, nothing twice, nothing silent."""
 
 import json
-import os
 import random
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forking_python import forking_python
 from PIL import Image
 
 from apet.eval.interrupts import Terminated
 from llava.eval import model_vqa_loader, program
 
-ROOT = Path(__file__).resolve().parents[2]
 QUESTIONS, POINTS, SEED = 60, 20, 15
 
 
@@ -31,10 +29,9 @@ class Site:
             text = f"Question {index}?" + " long" * (index * 7 % 5)
             rows.append({"question_id": index // 2, "image": f"{index % 10}.png", "text": text})
         (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"}
         self._driver = subprocess.Popen(
-            [sys.executable, str(Path(__file__).with_name("fault_driver.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+            [forking_python(), str(Path(__file__).with_name("fault_driver.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
     def close(self) -> None:
