@@ -266,8 +266,6 @@ READ_BY_ENCODERS = ("image_sizes", "batch_num_images", "image_grid_thw", "video_
 # What makes the arguments of a forward of those of `generate`; where placeholders are, and the check of their number;
 # rotary positions with M-RoPE.
 PREPARE, PLACEHOLDERS, ROTARY_POSITIONS = "prepare_inputs_for_generation", "get_placeholder_mask", "get_rope_index"
-
-
 # `generate` looks for negative ids here, behind the encoder.
 LOGITS_PROCESSORS = "_get_logits_processor"
 
