@@ -41,6 +41,11 @@ cpu)
     measure prefill prefill --device cpu --preset cpu-small --batch 1,4
     measure generate generate --device cpu --preset cpu-small --batch 1,4 --new_tokens 2,16
     measure eval eval --device cpu --model-path "$model" --tokens 64 --batch_size auto
+    measure prefill-dinov2-smollm2 prefill --device cpu --preset dinov2-smollm2 --batch 1,8 --methods apet,apet_plus --no_published --repeats 7
+    for tokens in 192 128 64; do
+        measure "generate-dinov2-smollm2-$tokens" generate --device cpu --preset dinov2-smollm2 --tokens "$tokens" --methods apet,apet_plus \
+            --no_published --batch 1 --new_tokens 1,8
+    done
     ;;
 cuda)
     measure compress compress --device cuda --dtype float32 --memory 1x2880x4096:320

@@ -9,6 +9,7 @@ pinned memory and never wait (`apet.core.constants.on_device`).
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from apet.core import constants
 
 DEVICE = torch.device("meta")
+ROOT = Path(__file__).parents[1]
 _aten = torch.ops.aten
 # Operations whose result, or its shape, only the device knows.
 _READS = {

@@ -83,7 +83,7 @@ LAYERS = (
     Layer(
         "llava.model",
         ("apet", "llava.constants", "llava.conversation", "llava.mm_utils", "llava.utils", "llava.model"),
-        ("torch", "transformers", "accelerate", "safetensors", "sentencepiece", "peft", "PIL"),
+        ("torch", "transformers", "accelerate", "safetensors", "sentencepiece", "peft", "PIL", "numpy"),
     ),
     Layer(
         "llava.model.hugging_face",

@@ -41,7 +41,12 @@ class HostCopies:
 
     @torch.compiler.disable
     def read(self, given: Mapping[str, Any]) -> None:
-        """Copy those arguments of a call that hosts read, if they are not known. Waits for the device."""
+        """Copy those arguments of a call that hosts read, if they are not known. Waits for the device.
+
+        A prompt of embeddings says on the host where its images are (`visual_items`), and needs nothing else read.
+        """
+        if given.get("visual_items") is not None:
+            return
         for name in host.READ_BY_HOSTS:
             value = given.get(name)
             if isinstance(value, Tensor) and value.dim() <= 2 and self.of(value) is None:

@@ -4,19 +4,20 @@ The classes add methods to the transformers models; they hold no weights and rep
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LlavaModel, LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 import apet
+from apet.adapters.layout import PADDING, to_device
 from llava.constants import IGNORE_INDEX, IMAGE_TOKEN_INDEX
 from llava.mm_utils import get_anyres_image_grid_shape, unpad_image
 from llava.model.multimodal_encoder.clip_encoder import CLIPVisionTower
-
-_TEXT, _PADDING = -1, -2
+from llava.model.splicing import arrange
 
 
 class LlavaMetaModel(LlavaModel):
@@ -191,43 +192,29 @@ class LlavaMetaForCausalLM:
         Raises:
             IndexError: More placeholders than images.
         """
+        # Read in front of the encoder: nothing is queued yet that the host would have to wait for.
+        ids = input_ids.cpu().numpy()
+        real = np.ones_like(ids, dtype=bool) if attention_mask is None else attention_mask.bool().cpu().numpy()
         features, encoding = self._image_features(images, image_sizes)
-        rows, next_image = [], 0
-        for row in range(input_ids.shape[0]):
-            real = slice(None) if attention_mask is None else attention_mask[row].bool()
-            ids = input_ids[row][real]
-            places = (ids == IMAGE_TOKEN_INDEX).nonzero().flatten().tolist()
-            used = features[next_image : next_image + len(places)]
-            if len(used) < len(places):
-                raise IndexError(
-                    f"the prompts hold more image placeholders than the {len(features)} images given (row {row}); pass "
-                    "one image per placeholder"
-                )
-            rows.append(self._splice_row(ids, None if labels is None else labels[row][real], places, used, next_image))
-            next_image += max(1, len(places))
-        prompt = _pad_rows(rows, padding_side, attention_mask, labels is not None)
-        return replace(prompt, visual_encoding=encoding)
-
-    def _splice_row(
-        self, ids: Tensor, labels: Tensor | None, places: list[int], images: Sequence[Tensor], first_image: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Embeddings (L, D), items (L,) on the CPU and labels (L,) of one row."""
-        embed = self.get_model().embed_tokens
-        text = embed(torch.where(ids == IMAGE_TOKEN_INDEX, 0, ids))
-        labels = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels
-        embeds, items, targets, start = [], [], [], 0
-        for number, place in enumerate([*places, len(ids)]):
-            embeds.append(text[start:place])
-            targets.append(labels[start:place])
-            items.append(torch.full((place - start,), _TEXT))
-            if number < len(places):
-                length = len(images[number])
-                embeds.append(images[number].to(device=text.device, dtype=text.dtype))
-                targets.append(torch.full((length,), IGNORE_INDEX, device=ids.device, dtype=ids.dtype))
-                items.append(torch.full((length,), first_image + number))
-            start = place + 1
         limit = getattr(self.config, "tokenizer_model_max_length", None)
-        return torch.cat(embeds)[:limit], torch.cat(items)[:limit], torch.cat(targets)[:limit]
+        source, items = arrange(ids, real, [len(one) for one in features], limit, padding_side)
+        attended = to_device(items != PADDING, input_ids.device)
+        return Prompt(
+            self._rows(input_ids, features, source),
+            attended.to(torch.bool if attention_mask is None else attention_mask.dtype, copy=True),
+            None if labels is None else _take(labels.flatten(), np.where(source < ids.size, source, -1), IGNORE_INDEX),
+            torch.from_numpy(items),
+            encoding,
+        )
+
+    def _rows(self, input_ids: Tensor, features: Sequence[Tensor], source: np.ndarray) -> Tensor:
+        """Embeddings (B, L, D) of what `source` (B, L) names, as `arrange` does."""
+        is_text = (source >= 0) & (source < input_ids.numel())
+        text = self.get_model().embed_tokens(_take(input_ids.flatten(), source[is_text], 0))
+        table = [text, *(one.to(device=text.device, dtype=text.dtype) for one in features)]
+        row = np.where(source < 0, -1, source - input_ids.numel() + len(text))
+        row[is_text] = np.arange(len(text))
+        return _take(torch.cat(table), row, 0)
 
     def _image_features(
         self, images: Tensor | Sequence[Tensor] | TowerOutput, image_sizes: Sequence[Sequence[int]] | None
@@ -345,15 +332,8 @@ def _crop_stacks(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return stacks
 
 
-def _pad_rows(rows: list[tuple], side: str, mask: Tensor | None, with_labels: bool) -> Prompt:
-    """Stack rows of different length, padded on the "left" or "right"."""
-    width = max(len(embeds) for embeds, _, _ in rows)
-    first = rows[0][0]
-    embeds = first.new_zeros(len(rows), width, first.shape[1])
-    items = torch.full((len(rows), width), _PADDING)
-    labels = torch.full((len(rows), width), IGNORE_INDEX, dtype=rows[0][2].dtype, device=first.device)
-    for index, (row, row_items, row_labels) in enumerate(rows):
-        place = slice(width - len(row), width) if side == "left" else slice(len(row))
-        embeds[index, place], items[index, place], labels[index, place] = row, row_items, row_labels
-    attended = (items != _PADDING).to(first.device, torch.bool if mask is None else mask.dtype)
-    return Prompt(embeds, attended, labels if with_labels else None, items)
+def _take(values: Tensor, index: np.ndarray, missing: float) -> Tensor:
+    """`values` (n, ...) at `index` of any shape, and `missing` where it is -1."""
+    padded = torch.cat([values, values.new_full((1, *values.shape[1:]), missing)])
+    flat = to_device(np.where(index < 0, len(values), index).ravel(), values.device)
+    return padded.index_select(0, flat).view(*index.shape, *values.shape[1:])
