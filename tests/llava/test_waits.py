@@ -1,4 +1,4 @@
-"""`generate` of a LLaVA checkpoint reads ids and masks in front of the encoder, and splices without a look behind it."""
+"""`generate` of a LLaVA checkpoint reads ids and masks in front of the encoder, and splices without a look behind."""
 
 from pathlib import Path
 
