@@ -63,3 +63,15 @@ def test_speeds_are_those_of_the_gpu():
 
         lines = [[cell.strip() for cell in line.split("|")] for line in measured]
         assert any(any(says(c, ours) for c in line) and any(says(c, random) for c in line) for line in lines)
+
+
+def test_speeds_on_a_cpu_are_those_measured():
+    page = (ROOT / "docs/performance-cpu.md").read_text(encoding="utf-8")
+    parts = [page.split(f"## generate-dinov2-smollm2-{tokens}\n")[1].split("\n## ")[0] for tokens in (192, 128, 64)]
+    speeds = README.split("## How fast")[1].split("\n## ")[0]
+    rows = [re.findall(r"([\d.]+)x", line) for line in speeds.splitlines() if line.count("x, ") == 4]
+    assert [len(row) for row in rows] == [6, 6]
+    for new_tokens, row in zip((1, 8), rows, strict=True):
+        for place, method in enumerate(("apet", "random")):
+            lines = [re.search(rf"^\| {method} +\| {new_tokens} +\|.*$", part, re.MULTILINE)[0] for part in parts]
+            assert [f"{float(line.split('|')[5].split()[0]):.2f}" for line in lines] == row[3 * place :][:3]
