@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import apet
 from apet.compare import __main__ as compare
+from apet.eval.benchmarks import Question
 from examples.sample_vlm import benchmarks
 from examples.sample_vlm import questions as q
 from examples.sample_vlm.real import __main__ as real
@@ -22,6 +23,7 @@ from examples.sample_vlm.real.base import load_base, write_tiny_base
 from examples.sample_vlm.real.batches import Order, make_batch
 from examples.sample_vlm.real.chat import Chat
 from examples.sample_vlm.real.exam import held_out, write_exam
+from examples.sample_vlm.real.loader import ChatPreparer
 from examples.sample_vlm.real.model import RealVlm
 from examples.sample_vlm.scenes import BRIGHT, Scene, Thing, make_scene
 
@@ -270,6 +272,20 @@ def test_comparison_reads_the_folder_and_the_exam(folder, tmp_path):
     assert compare.main([*words, "--no_png", "--max_new_tokens", "2", "--out", str(tmp_path / "out")]) == 0
     record = json.loads(next((tmp_path / "out").rglob("gqa-random-64-seed0.run.json")).read_text())
     assert record["settings"]["conv_mode"] == "chat_template"
+
+
+def test_comparison_asks_with_the_ids_of_the_processor(folder):
+    processor, config = (
+        AutoProcessor.from_pretrained(folder),
+        AutoModelForImageTextToText.from_pretrained(folder).config,
+    )
+    preparer = ChatPreparer(processor.tokenizer, processor.image_processor, config, "chat_template")
+    question = Question(1, "Is it red?", "Is it red?\nAnswer with one word.", "picture.png")
+    picture = Image.new("RGB", (336, 336))
+    given = processor(images=picture, text=preparer.render(question), return_tensors="pt").input_ids[0].tolist()
+    first, count = given.index(config.image_token_id), given.count(config.image_token_id)
+    assert count == 576 and given[0] == processor.tokenizer.bos_token_id
+    assert preparer.input_ids(question).tolist() == [*given[:first], -200, *given[first + count :]]
 
 
 def test_default_style_draws_the_bundled_pictures_to_the_byte(tmp_path):

@@ -6,8 +6,12 @@ It differs from a LLaVA checkpoint in its prompt only, which comes from the fold
 import argparse
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from apet.eval.benchmarks import Question
 from apet.eval.scoring_cli import Parser
+from llava.constants import DEFAULT_IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from llava.eval.answerer import LlavaPreparer
 from llava.eval.apet_loader import LoadedLlava
 from llava.eval.generation import GenerationSettings
@@ -37,3 +41,18 @@ class ChatPreparer(LlavaPreparer):
         content = [{"type": "image"}] * shown + [{"type": "text", "text": question.prompt}]
         message = {"role": "user", "content": content}
         return self.tokenizer.apply_chat_template([message], add_generation_prompt=True, tokenize=False)
+
+    def input_ids(self, question: Question) -> Tensor:
+        """(L,) int64 ids, -200 for the image.
+
+        The template writes the tokenizer's BOS into the text itself. LLaVA's rule, one BOS to be taken off every piece
+        of the prompt, would take off what really stands behind the image.
+        """
+        before, *behind = self.render(question).split(DEFAULT_IMAGE_TOKEN)
+        ids = self._ids(before)
+        for piece in behind:
+            ids += [IMAGE_TOKEN_INDEX, *self._ids(piece)]
+        return torch.tensor(ids)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
