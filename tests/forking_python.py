@@ -3,9 +3,9 @@
 A program that answers spends its first seconds on importing torch and transformers, longer than on a few questions to a
 tiny model. `forking_python()` starts one process that imports them once, and gives an interpreter that hands it the
 command lines of those programs: each runs in a process of its own, in the caller's folder and environment and on its
-terminal. All other command lines run as they are. Signals do not reach the fork, so a test of them takes
-`sys.executable` (or has the fork send them to its own children, as the driver of the fault tests does), and so does one
-of how a program starts.
+terminal. To a program it is `sys.executable`, so the programs that one starts are forked too. All other command lines
+run as they are. Signals do not reach the fork, so a test of them takes `sys.executable` (or has the fork send them to
+its own children, as the driver of the fault tests does), and so does one of how a program starts.
 """
 
 import atexit
@@ -24,9 +24,11 @@ import traceback
 from pathlib import Path
 
 # How their command lines begin.
-PROGRAMS = ("-m apet", "-m llava.eval.model_vqa_loader", "-m llava.eval.model_vqa_mmbench",
-            "-m llava.eval.model_vqa_science", "-m llava.eval.video_qa",
-            str(Path(__file__).with_name("eval") / "fault_driver.py"))  # fmt: skip
+TESTS = Path(__file__).parent
+PROGRAMS = ("-m apet", "-m apet.bench.proof", "-m llava.eval.eval_pope", "-m llava.eval.model_vqa_loader",
+            "-u -m llava.eval.model_vqa_loader", "-m llava.eval.model_vqa_mmbench", "-m llava.eval.model_vqa_science",
+            "-m llava.eval.video_qa", "-m pytest", "-m torch.distributed.run", str(TESTS / "eval" / "fault_driver.py"),
+            str(TESTS.parent / "scripts" / "host_tests.py"))  # fmt: skip
 
 
 @functools.cache
@@ -62,7 +64,8 @@ def ask(address: str, words: list[str]) -> int:
     """Have a command line run; its exit status, 1 where it was killed."""
     with socket.socket(socket.AF_UNIX) as server:
         server.connect(address)
-        request = json.dumps({"words": words, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
+        request = {"words": words, "environment": dict(os.environ), "folder": os.getcwd()}
+        request = json.dumps(request | {"python": str(Path(address).with_name("python"))}).encode()
         socket.send_fds(server, [len(request).to_bytes(4, "big")], [0, 1, 2])
         server.sendall(request)
         return int(server.recv(16) or 1)
@@ -92,7 +95,10 @@ def run(client: socket.socket) -> int:
     os.chdir(request["folder"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    program, *sys.argv[1:] = request["words"]
+    sys.executable = request["python"]
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = [path for path in paths if path and path not in sys.path]
+    program, *sys.argv[1:] = [word for word in request["words"] if word != "-u"]
     try:
         if program == "-m":
             runpy.run_module(sys.argv.pop(1), run_name="__main__", alter_sys=True)

@@ -4,11 +4,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forking_python import forking_python
 
 from apet.bench import proof
 from apet.bench.proof import PARTS, Part, PartFailed, Session, Target, read_results, run_parts
@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_dry_run_of_the_script(tmp_path):
     parts = [name for name in PARTS if name != "qwen-b4"]  # on a CPU it repeats qwen-b1
-    settings = {"PYTHON": sys.executable, "APET_VENV": "none", "OUT_DIR": str(tmp_path), "PARTS": " ".join(parts)}
+    settings = {"PYTHON": str(forking_python()), "APET_VENV": "none"}
+    settings |= {"OUT_DIR": str(tmp_path), "PARTS": " ".join(parts)}
     command = ["bash", "scripts/gpu_proof.sh", "--dry_run"]
     ran = subprocess.run(command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

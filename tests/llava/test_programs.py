@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forking_python import forking_python
 from PIL import Image
 
 from apet.eval.runner import merge_chunks
@@ -214,15 +215,8 @@ def test_no_chunk_of_the_published_cases_is_missing(case):
 
 def test_ranks_of_a_launcher_are_the_chunks(questions):
     assert loader(questions, "one.jsonl", *COMPRESSED)[0] == 0
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "llava.eval.model_vqa_loader",
-    ]
+    command = [forking_python(), "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "llava.eval.model_vqa_loader"]
     command += ["--model-path", MODEL, "--image-folder", str(TINY / "images"), "--question-file", str(questions)]
     command += [
         "--answers-file",

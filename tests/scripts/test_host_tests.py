@@ -2,10 +2,10 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forking_python import forking_python
 
 ROOT = Path(__file__).parents[2]
 SUITE = """
@@ -27,7 +27,7 @@ def test_broken():
 
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(ROOT / "scripts")])}
-    command = [sys.executable, str(ROOT / "scripts" / "host_tests.py"), str(folder), "--models", "llava", *words]
+    command = [forking_python(), str(ROOT / "scripts" / "host_tests.py"), str(folder), "--models", "llava", *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
