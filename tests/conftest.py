@@ -1,6 +1,8 @@
 """Fixtures shared by the tests."""
 
+import copy
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,3 +27,25 @@ def llava(request) -> LlavaForConditionalGeneration:
 def llava_sdpa() -> LlavaForConditionalGeneration:
     """A tiny LLaVA with sdpa attention."""
     return tiny_llava("sdpa")
+
+
+@pytest.fixture(scope="module")
+def checkpoints_loaded_once():
+    """The programs read a checkpoint once per test file, and get a copy of their own of what was loaded.
+
+    For tests of what a program does with a model; one that changes the files of a checkpoint gets it read again.
+    """
+    from llava.eval import program
+
+    load, known = program.load_pretrained_model, {}
+
+    def copied(path: str, *words, **options):
+        files = [(file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(Path(path).glob("*"))]
+        key = repr((path, files, words, sorted(options.items())))
+        if key not in known:
+            known[key] = load(path, *words, **options)
+        return copy.deepcopy(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program, "load_pretrained_model", copied)
+        yield

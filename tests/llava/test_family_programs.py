@@ -32,6 +32,7 @@ RATIOS = [
     "--layer-list", "[2]", "--image-token-ratio-list", "[0.5]", "--image-token-ratio", "0.6", "--basis-token-num", "2",
 ]  # fmt: skip
 SIZES = ((64, 48), (120, 60), (56, 90), (200, 40))
+pytestmark = pytest.mark.usefixtures("checkpoints_loaded_once")
 
 
 @pytest.fixture(scope="module")

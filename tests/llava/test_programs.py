@@ -35,6 +35,8 @@ COMPRESSED = [
     "fps_start=first",
 ]
 
+pytestmark = pytest.mark.usefixtures("checkpoints_loaded_once")
+
 
 @pytest.fixture
 def questions(tmp_path) -> Path:
