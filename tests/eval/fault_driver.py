@@ -44,17 +44,17 @@ class Preparer:
 
 
 class StandIn:
-    """Answers with the picture's size, and notes in the file ASKED that it was asked."""
+    """Answers with the picture's size, and notes in the file ASKED that it was asked; takes its time if it is given."""
 
     model_id, device = "stand-in", "cpu"
 
-    def __init__(self, asked: str, words: int) -> None:
-        self.preparer, self._asked, self._words = Preparer(), asked, words
+    def __init__(self, asked: str, words: int, seconds: float) -> None:
+        self.preparer, self._asked, self._words, self._seconds = Preparer(), asked, words, seconds
 
     def answer(self, prepared):
         with open(self._asked, "a") as file:
             file.write("." * len(prepared))
-        time.sleep(SECONDS_PER_QUESTION * len(prepared))
+        time.sleep(self._seconds * len(prepared))
         filling = " and more" * self._words
         return [Answer(f"{text} {size}{filling}", len(text), float(size[0])) for text, size in prepared]
 
@@ -114,7 +114,9 @@ def child(request: dict) -> None:
     with open(request["log"], "wb") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-    program._local_answerer = lambda args: StandIn(request["asked"], request.get("words", 0))
+    # Only a run that is to be met by a signal has to last.
+    seconds = SECONDS_PER_QUESTION if "kill" in request else 0
+    program._local_answerer = lambda args: StandIn(request["asked"], request.get("words", 0), seconds)
     if "most" in request:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["most"], request["most"]))
