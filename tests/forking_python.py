@@ -25,7 +25,7 @@ from pathlib import Path
 
 # How their command lines begin.
 TESTS = Path(__file__).parent
-PROGRAMS = ("-m apet", "-m apet.bench.proof", "-m llava.eval.eval_pope", "-m llava.eval.model_vqa_loader",
+PROGRAMS = ("-m apet", "-m apet.bench.proof", "-m llava.eval.model_vqa_loader",
             "-u -m llava.eval.model_vqa_loader", "-m llava.eval.model_vqa_mmbench", "-m llava.eval.model_vqa_science",
             "-m llava.eval.video_qa", "-m pytest", "-m torch.distributed.run", str(TESTS / "eval" / "fault_driver.py"),
             str(TESTS.parent / "scripts" / "host_tests.py"))  # fmt: skip

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forking_python import forking_python
 
 from apet.eval.benchmarks import get_benchmark
 from apet.eval.recipes import FAMILIES
@@ -182,7 +183,7 @@ def test_a_killed_run_goes_on_and_answers_nothing_twice(data):
     # Repeated under other ids, so that the run is still going on when it is killed; those are not scored.
     many = [
         row | {"question_id": f"{row['question_id']}-{turn}" if turn else row["question_id"]}
-        for turn in range(8)
+        for turn in range(4)
         for row in rows
     ]
     questions.write_text("".join(json.dumps(row) + "\n" for row in many))
@@ -245,6 +246,7 @@ def test_answers_of_other_settings_and_of_a_running_script_are_left_alone(data):
 def commands(name: str, *arguments: str, **settings: object) -> list[list[str]]:
     """The commands a script would run."""
     defaults = {"DRY_RUN": 1, "DATA": "data/eval", "MODEL": "", "NUM_WORKERS": "", "BATCH_SIZE": "", "DEVICE": ""}
+    defaults["PYTHON"] = forking_python()
     script = ["bash", str(ROOT / f"scripts/{name}.sh"), *arguments]
     done = subprocess.run(
         script,
