@@ -183,7 +183,7 @@ def test_a_killed_run_goes_on_and_answers_nothing_twice(data):
     # Repeated under other ids, so that the run is still going on when it is killed; those are not scored.
     many = [
         row | {"question_id": f"{row['question_id']}-{turn}" if turn else row["question_id"]}
-        for turn in range(4)
+        for turn in range(8)
         for row in rows
     ]
     questions.write_text("".join(json.dumps(row) + "\n" for row in many))
