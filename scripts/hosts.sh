@@ -23,16 +23,20 @@ verdicts=() failed=0
 for requirement in "$@"; do
     echo
     echo "== $requirement"
+    if ! "$PYTHON" -m pip install --quiet --dry-run --ignore-installed --no-deps --report runs/hosts/report.json "$requirement"; then
+        verdicts+=("$requirement: could not be found") failed=1
+        continue
+    fi
+    version=$("$PYTHON" -c 'import json; print(json.load(open("runs/hosts/report.json"))["install"][0]["metadata"]["version"])')
+    if [ "$version" = "$used" ]; then
+        verdicts+=("transformers $version: what the test environment has; bash scripts/test.sh covers it")
+        continue
+    fi
     folder=runs/hosts/$(echo "$requirement" | tr -c 'A-Za-z0-9.\n' '-')
     rm -rf "$folder"
     if ! "$PYTHON" -m pip install --quiet --upgrade --target "$folder" "$requirement"; then
         verdicts+=("$requirement: could not be installed") failed=1
-        continue
-    fi
-    version=$(PYTHONPATH=$folder "$PYTHON" -c 'import transformers; print(transformers.__version__)')
-    if [ "$version" = "$used" ]; then
-        verdicts+=("transformers $version: what the test environment has; bash scripts/test.sh covers it")
-    elif PYTHONPATH=$folder "$PYTHON" -m pytest -q -n auto --maxprocesses 8 -m "host and not slow"; then
+    elif PYTHONPATH=$folder "$PYTHON" -m pytest -q --dist worksteal -n auto --maxprocesses 8 -m "host and not slow"; then
         verdicts+=("transformers $version: passes")
     else
         verdicts+=("transformers $version: FAILS") failed=1
