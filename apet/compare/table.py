@@ -1,8 +1,8 @@
 """The comparison as text: Markdown for people, CSV for programs."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from apet.bench.timing import Timing
 from apet.compare.bootstrap import RESAMPLES
@@ -12,7 +12,7 @@ from apet.compare.execute import Finished
 from apet.compare.plan import UNCOMPRESSED, Skip
 from apet.compare.published import PUBLISHED, Agreement, agreement
 from apet.compare.rows import AVERAGE, Interval, Row
-from apet.eval.benchmarks.files import replacing
+from apet.eval.benchmarks.files import write_csv_atomic
 from apet.tables import markdown_table, number
 
 _INTERVAL = "95 % (by picture)"
@@ -134,15 +134,15 @@ def notes(finished: Sequence[Finished]) -> list[str]:
 
 def write_csv(path: Path, tables: Mapping[str, Sequence[Row]]) -> None:
     """One line per row of all tables, numbers in full."""
-    with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, (*_CSV, *_CSV_COST))
-        writer.writeheader()
-        for row in (row for rows in tables.values() for row in rows):
-            values = {name: getattr(row, name, None) for name in _CSV}
-            for name in ("percent", "difference"):
-                bounds = getattr(row, f"{name}_interval") or (None, None)
-                values |= {f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
-            writer.writerow(values | ({} if row.cost is None else dict(zip(_CSV_COST, _costs(row.cost), strict=True))))
+    write_csv_atomic(path, (*_CSV, *_CSV_COST), (_record(row) for rows in tables.values() for row in rows))
+
+
+def _record(row: Row) -> dict[str, Any]:
+    values = {name: getattr(row, name, None) for name in _CSV}
+    for name in ("percent", "difference"):
+        bounds = getattr(row, f"{name}_interval") or (None, None)
+        values |= {f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
+    return values | ({} if row.cost is None else dict(zip(_CSV_COST, _costs(row.cost), strict=True)))
 
 
 _LEGEND = f"""\

@@ -4,7 +4,6 @@ With a limit, the first N questions and the annotations that belong to them are 
 the scorers, which refuse partial answers, score exactly these questions.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,13 @@ from apet.eval.benchmarks.files import (
     read_json,
     user_path,
     write_json_atomic,
+    write_jsonl_atomic,
     write_text_atomic,
 )
-from apet.eval.benchmarks.mme import GROUPS, RELEASE, truth_files, write_results
-from apet.eval.benchmarks.textvqa import question_of_prompt
+from apet.eval.benchmarks.gqa import Gqa
+from apet.eval.benchmarks.mme import GROUPS, RELEASE, Mme, truth_files, write_results
+from apet.eval.benchmarks.pope import Pope
+from apet.eval.benchmarks.textvqa import TextVqa, question_of_prompt
 from apet.eval.data_check import find_data
 from apet.eval.metrics import pope_yes_no
 
@@ -101,14 +103,10 @@ def open_task(benchmark: str, data: str, out: Path, limit: int | None) -> Task:
         return Task(benchmark, benchmark, folder, question_file, image_folder, tuple(questions))
     name = f"{benchmark}-first{limit}"
     subset = out / "questions" / name
-    _write_first(question_file, subset / question_file.name, limit)
+    first = [row for _, row in iterate_jsonl(question_file)][:limit]
+    write_jsonl_atomic(subset / question_file.name, first)
     _SUBSETS[benchmark](folder, subset, questions[:limit])
     return Task(name, benchmark, subset, subset / question_file.name, image_folder, tuple(questions[:limit]))
-
-
-def _write_first(source: Path, target: Path, limit: int) -> None:
-    rows = [row for _, row in iterate_jsonl(source)][:limit]
-    write_text_atomic(target, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 _GQA_ANSWERS = "testdev_balanced_questions.json"
@@ -158,29 +156,22 @@ def _mme_outcome(per_sample: Mapping[str, float]) -> Outcome:
     )
 
 
-def _score_gqa(task: Task, answers: Path) -> Score:
-    return get_benchmark("gqa").score(questions=task.folder / _GQA_ANSWERS, predictions=answers)
-
-
-def _score_pope(task: Task, answers: Path) -> Score:
-    return get_benchmark("pope").score(
-        annotation_dir=task.folder / "coco", question_file=task.question_file, result_file=answers
-    )
-
-
-def _score_textvqa(task: Task, answers: Path) -> Score:
-    return get_benchmark("textvqa").score(annotation_file=task.folder / _TEXTVQA_ANSWERS, result_file=answers)
-
-
 def _score_mme(task: Task, answers: Path) -> Score:
     results = answers.parent / "results"
     write_results(task.folder / RELEASE, answers, results)
-    return get_benchmark("mme").score(results_dir=results, present_only=True)
+    return Mme().score(results_dir=results, present_only=True)
 
 
 _SCORERS: dict[str, Callable[[Task, Path], Score]] = {
-    "gqa": _score_gqa, "mme": _score_mme, "pope": _score_pope, "textvqa": _score_textvqa,
-}  # fmt: skip
+    "gqa": lambda task, answers: Gqa().score(questions=task.folder / _GQA_ANSWERS, predictions=answers),
+    "mme": _score_mme,
+    "pope": lambda task, answers: Pope().score(
+        annotation_dir=task.folder / "coco", question_file=task.question_file, result_file=answers
+    ),
+    "textvqa": lambda task, answers: TextVqa().score(
+        annotation_file=task.folder / _TEXTVQA_ANSWERS, result_file=answers
+    ),
+}
 _SUBSETS: dict[str, Callable[[Path, Path, list[Question]], Any]] = {
     "gqa": _gqa_subset, "mme": _mme_subset, "pope": _pope_subset, "textvqa": _textvqa_subset,
 }  # fmt: skip

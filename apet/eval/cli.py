@@ -149,20 +149,8 @@ def run_options(args: argparse.Namespace, inputs: tuple[str, ...] = ()) -> RunOp
     """
     for path in (args.question_file, args.answers_file, args.image_folder):
         user_path(path)
-    return RunOptions(
-        question_file=args.question_file,
-        answers_file=args.answers_file,
-        image_folder=args.image_folder,
-        num_chunks=args.num_chunks,
-        chunk_idx=args.chunk_idx,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        resume=args.resume,
-        limit=args.limit,
-        on_error=args.on_error,
-        overwrite=args.overwrite,
-        inputs=inputs,
-    )
+    given = {field.name: getattr(args, field.name) for field in fields(RunOptions) if field.name != "inputs"}
+    return RunOptions(**given, inputs=inputs)
 
 
 class _TokensFlag(argparse.Action):

@@ -4,13 +4,14 @@ The published names of these programs, scripts/convert_*.py, lead here; so do th
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from apet.eval.benchmarks import gqa, mmbench, mme, mmvet, scienceqa_convert, seed
-from apet.eval.benchmarks.files import read_jsonl, write_text_atomic
+from apet.eval.benchmarks import mmbench, mme, scienceqa_convert, seed
+from apet.eval.benchmarks.files import read_jsonl, user_path, write_json_atomic, write_jsonl_atomic
+from apet.eval.benchmarks.gqa import Gqa
+from apet.eval.benchmarks.mmvet import MmVet
 from apet.eval.benchmarks.textvqa import TextVqa
 from apet.eval.benchmarks.vizwiz import VizWiz
 from apet.eval.benchmarks.vqav2 import VqaV2
@@ -25,6 +26,16 @@ def _mmbench(args: argparse.Namespace) -> None:
         for folder, suffix in ((args.result_dir, "jsonl"), (args.upload_dir, "xlsx"))
     )
     mmbench.convert(args.annotation_file, answers, table, args.duplicates)
+
+
+def _mme(args: argparse.Namespace) -> None:
+    folder = user_path(args.dir)
+    answers, tables = folder / "answers" / f"{args.experiment}.jsonl", folder / "eval_tool/answers" / args.experiment
+    mme.write_results(folder / mme.RELEASE, answers, tables, args.duplicates)
+
+
+def _mmvet(args: argparse.Namespace) -> None:
+    write_json_atomic(args.dst, MmVet().submission(args.src, args.duplicates), indent=2)
 
 
 def _seed(args: argparse.Namespace) -> None:
@@ -46,12 +57,13 @@ def _without_ocr(args: argparse.Namespace) -> None:
     """Copy every line, its text as `TextVqa.read(ocr=False)` gives it: LLaVA-1.6 is published without OCR tokens."""
     questions = TextVqa().read(args.src, ocr=False)
     rows = [row | {"text": question.text} for (_, row), question in zip(read_jsonl(args.src), questions, strict=True)]
-    write_text_atomic(args.dst, "".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl_atomic(args.dst, rows)
 
 
 CONVERTERS: Mapping[str, Program] = {
     "gqa": Program(
-        "Answers file to official GQA predictions.", _SRC_DST, lambda args: gqa.convert(args.src, args.dst)
+        "Answers file to official GQA predictions.", _SRC_DST,
+        lambda args: write_json_atomic(args.dst, Gqa().submission(args.src)),
     ),
     "mmbench": Program(
         "MMBench answers file to the xlsx of the submission server.",
@@ -69,11 +81,10 @@ CONVERTERS: Mapping[str, Program] = {
             "--experiment": required("name of the answers file in answers/, without suffix"),
             "--dir": {"help": "the MME folder; the published tool runs inside it", "default": "."},
         },
-        lambda args: mme.convert(args.dir, args.experiment, args.duplicates), add_duplicates_flag,
+        _mme, add_duplicates_flag,
     ),
     "mmvet": Program(
-        "MM-Vet answers file to the file of the MM-Vet grader.", _SRC_DST,
-        lambda args: mmvet.convert(args.src, args.dst, args.duplicates), add_duplicates_flag,
+        "MM-Vet answers file to the file of the MM-Vet grader.", _SRC_DST, _mmvet, add_duplicates_flag,
     ),
     "seed": Program(
         "SEED-Bench answers file to the upload file; prints the accuracies.",

@@ -7,7 +7,7 @@ Counts are those of the published files. An image is looked for, not decoded.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from apet.eval.benchmarks import get_benchmark
 from apet.eval.benchmarks.files import iterate_jsonl, listing, read_json, read_text, user_path
 from apet.eval.benchmarks.mmbench_table import read_table
-from apet.eval.benchmarks.mme import CATEGORIES
+from apet.eval.benchmarks.mme import truth_files
 from apet.eval.images import ImageError
 from apet.eval.videos import find_video
 from apet.tables import markdown_table
@@ -284,14 +284,7 @@ def _count_json(path: Path) -> int:
 
 def _count_truth(path: Path) -> int:
     """Lines of MME's ground truth, in any of its layouts."""
-    return sum(bool(line.strip()) for file in _truth_files(path) for line in read_text(file).splitlines())
-
-
-def _truth_files(path: Path) -> Iterator[Path]:
-    for category in CATEGORIES:
-        for base in (path / category, path / "MME_Benchmark" / category):
-            yield from base.glob("*.txt")
-            yield from base.glob("questions_answers_YN/*.txt")
+    return sum(bool(line.strip()) for _, file in truth_files(path) for line in read_text(file).splitlines())
 
 
 _COUNTERS = {

@@ -6,7 +6,6 @@ Ids are those of the rows where they have one, else their place.
 
 import base64
 import csv
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from apet.eval.benchmarks.base import SHORT_ANSWER
-from apet.eval.benchmarks.files import replacing, write_json_atomic
+from apet.eval.benchmarks.files import replacing, write_json_atomic, write_jsonl_atomic
 from apet.eval.benchmarks.scienceqa import OPTIONS
 
 Row = Mapping[str, Any]
@@ -64,12 +63,12 @@ def write_pope(target: Target, rows: Rows) -> None:
     for number, row in enumerate(rows, start=1):
         picture = pictures.add(_name(row, "image_source", number) + ".jpg", row, number)
         question, split = _text(row, "question", number).strip(), _name(row, "category", number).lower()
-        label = _one_of(row, "answer", ("yes", "no"), number)
+        label = _yes_or_no(row, number)
         questions.append(_question(number, picture, question + SHORT_ANSWER, split))
         labels[split].append({"question_id": number, "image": picture, "text": question, "label": label})
-    _write_lines(target.files[0], questions)
+    write_jsonl_atomic(target.files[0], questions)
     for split, lines in labels.items():
-        _write_lines(target.folder / "coco" / f"coco_pope_{split}.json", lines)
+        write_jsonl_atomic(target.folder / "coco" / f"coco_pope_{split}.json", lines)
 
 
 def write_gqa(target: Target, rows: Rows, images: Rows) -> None:
@@ -84,7 +83,7 @@ def write_gqa(target: Target, rows: Rows, images: Rows) -> None:
         questions.append(_question(key, picture, _text(row, "question", number) + SHORT_ANSWER))
         kept = ("imageId", "question", "answer", "isBalanced", "types", "semantic", "groups")
         official[key] = {column: row[column] for column in kept}
-    _write_lines(target.files[0], questions)
+    write_jsonl_atomic(target.files[0], questions)
     write_json_atomic(target.files[1], official)
 
 
@@ -102,7 +101,7 @@ def write_textvqa(target: Target, rows: Rows) -> None:
                 "answers": list(row["answers"]),
             }
         )  # fmt: skip
-    _write_lines(target.files[0], questions)
+    write_jsonl_atomic(target.files[0], questions)
     write_json_atomic(target.files[1], {"data": annotations})
 
 
@@ -118,13 +117,13 @@ def write_mme(target: Target, rows: Rows) -> None:
             raise ValueError(f"row {number}: the question {asked!r} must end in {_YES_NO!r}")
         pictures.add(path, row, number)
         questions.append(_question(path, path, asked.removesuffix(_YES_NO).strip() + SHORT_ANSWER, parts[0]))
-        answer = _one_of(row, "answer", ("yes", "no"), number).capitalize()
+        answer = _yes_or_no(row, number).capitalize()
         truth[Path(parts[0], parts[1].split(".")[0] + ".txt")].append(f"{asked}\t{answer}\n")
     questions.sort(key=lambda question: question["image"])
     for path, lines in truth.items():
         with replacing(target.images / path) as temporary:
             temporary.write_text("".join(lines), encoding="utf-8")
-    _write_lines(target.files[0], questions)
+    write_jsonl_atomic(target.files[0], questions)
 
 
 def write_scienceqa(target: Target, rows: Rows) -> None:
@@ -171,7 +170,7 @@ def write_vizwiz(target: Target, rows: Rows) -> None:
         picture = pictures.add(_name(row, "question_id", number) + ".jpg", row, number)
         text = _text(row, "question", number) + _UNANSWERABLE + SHORT_ANSWER
         questions.append(_question(number - 1, picture, text))
-    _write_lines(target.files[0], questions)
+    write_jsonl_atomic(target.files[0], questions)
 
 
 def write_vqav2(target: Target, rows: Rows, test: Rows) -> None:
@@ -181,8 +180,8 @@ def write_vqav2(target: Target, rows: Rows, test: Rows) -> None:
     for number, row in enumerate(rows, start=1):
         asked.append(_coco_question(row, number))
         pictures.add(asked[-1]["image"], row, number)
-    _write_lines(target.files[0], asked)
-    _write_lines(target.files[1], (_coco_question(row, number) for number, row in enumerate(test, start=1)))
+    write_jsonl_atomic(target.files[0], asked)
+    write_jsonl_atomic(target.files[1], (_coco_question(row, number) for number, row in enumerate(test, start=1)))
 
 
 def _coco_question(row: Row, number: int) -> dict[str, Any]:
@@ -208,11 +207,11 @@ def _text(row: Row, column: str, number: int) -> str:
     return row[column]
 
 
-def _one_of(row: Row, column: str, allowed: Sequence[str], number: int) -> str:
-    """The row's word without case."""
-    word = _text(row, column, number).strip().lower()
-    if word not in allowed:
-        raise ValueError(f"row {number}: {column} {row[column]!r} must be {' or '.join(allowed)}")
+def _yes_or_no(row: Row, number: int) -> str:
+    """The row's answer without case."""
+    word = _text(row, "answer", number).strip().lower()
+    if word not in ("yes", "no"):
+        raise ValueError(f"row {number}: answer {row['answer']!r} must be yes or no")
     return word
 
 
@@ -226,8 +225,3 @@ def _name(row: Row, column: str, number: int) -> str:
 
 def _is_plain(text: str) -> bool:
     return _PLAIN.fullmatch(text) is not None and not text.startswith(".")
-
-
-def _write_lines(path: Path, rows: Rows) -> None:
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -1,10 +1,9 @@
 """The table of scored runs as Markdown, CSV and curves, and what a reader must know beside it."""
 
-import csv
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from apet.eval.benchmarks.files import listing, replacing, user_path
+from apet.eval.benchmarks.files import listing, user_path, write_csv_atomic
 from apet.plots import Panel, Series, check_matplotlib
 from apet.plots import write_png as draw
 from apet.report.rows import Row
@@ -49,10 +48,7 @@ def notes(runs: Sequence[Run], headings: Mapping[Column, str]) -> list[str]:
 def write_csv(path: str, rows: Sequence[Row]) -> None:
     """One line per run, numbers in full."""
     lines = [_record(row, column) for row in rows for column in row.runs]
-    with replacing(user_path(path)) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(lines[0]))
-        writer.writeheader()
-        writer.writerows(lines)
+    write_csv_atomic(path, list(lines[0]), lines)
 
 
 def write_png(path: str, rows: Sequence[Row], headings: Mapping[Column, str]) -> None:

@@ -126,20 +126,12 @@ class Benchmark:
         require_types(row, {"question_id": (int, str), "image": (str,)}, where)
         return Question(row["question_id"], text=row["text"], prompt=row["text"], image=row["image"])
 
-    def answer_line(
-        self,
-        question: Question,
-        answer: str,
-        *,
-        answer_id: str,
-        model_id: str,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
+    def answer_line(self, question: Question, answer: str, *, answer_id: str, model_id: str) -> dict[str, Any]:
         """The answer line as a dict whose key order is the published one."""
         leading = {key: question.fields[key] for key in self.leading_fields}
         trailing = {key: value for key, value in question.fields.items() if key not in leading}
         line = {"question_id": question.question_id, **leading, "prompt": question.text, "text": answer, **trailing}
-        return {**line, "answer_id": answer_id, "model_id": model_id, "metadata": dict(metadata or {})}
+        return {**line, "answer_id": answer_id, "model_id": model_id, "metadata": {}}
 
     def score(self, **files: Any) -> Score:
         """Score an answers file; each benchmark names the files it needs."""

@@ -6,9 +6,10 @@ So everything here that joins two files refuses what does not fit, and says whic
 
 from __future__ import annotations
 
+import csv
 import json
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,21 @@ def require_keys(row: Any, required: Collection[str], where: str) -> None:
         )
 
 
+def require_rows(content: Any, required: Collection[str], path: PathLike, under: str = "") -> list[dict[str, Any]]:
+    """The objects of a JSON list that has some, or of the list under a key of a JSON object.
+
+    Raises:
+        ValueError: `content` has another form, or an object lacks one of the `required` keys.
+    """
+    rows = content.get(under) if under and isinstance(content, dict) else content
+    if not isinstance(rows, list) or not rows or (under and rows is content):
+        form = f'JSON object with a non-empty list under "{under}"' if under else "non-empty JSON list"
+        raise ValueError(f"{path}: expected a {form}: at least one object with {' and '.join(required)}")
+    for number, row in enumerate(rows, start=1):
+        require_keys(row, required, f"{path} entry {number}")
+    return rows
+
+
 def require_types(row: Mapping[str, Any], types: Mapping[str, tuple[type, ...]], where: str) -> None:
     """ValueError unless each key's value is of one of its types; the types are named as JSON files have them."""
     for key, allowed in types.items():
@@ -198,6 +214,15 @@ def index_unique(
     return index
 
 
+def index_annotations(content: Any, required: Collection[str], path: PathLike, under: str) -> dict[str, dict[str, Any]]:
+    """The objects under a key by `str(question_id)`, as `require_rows`; ValueError for an id that is there twice."""
+    rows = require_rows(content, required, path, under)
+    index = {str(row["question_id"]): row for row in rows}
+    if len(index) != len(rows):
+        raise ValueError(f"{path}: {len(rows) - len(index)} question ids are there twice")
+    return index
+
+
 def require_complete(
     expected: Collection[str], found: Collection[str], answers: PathLike, questions: PathLike, *, exact: bool = True
 ) -> None:
@@ -255,6 +280,20 @@ def write_text_atomic(path: PathLike, text: str) -> None:
 def write_json_atomic(path: PathLike, value: Any, indent: int | None = None) -> None:
     """`write_text_atomic` of a value as JSON, ASCII-escaped as the published tools write it."""
     write_text_atomic(path, json.dumps(value, indent=indent))
+
+
+def write_jsonl_atomic(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object per line, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def write_csv_atomic(path: PathLike, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """A CSV file with a header, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def record_path(answers_file: PathLike) -> Path:

@@ -20,7 +20,7 @@ from apet.eval.benchmarks.files import (
     read_jsonl,
     require_complete,
     require_keys,
-    write_json_atomic,
+    require_rows,
 )
 from apet.eval.metrics import exact_match, percent
 
@@ -48,7 +48,10 @@ class Gqa(Benchmark):
             duplicates: "error", or "last" to let a later prediction for a question win.
         """
         balanced = _read_balanced(questions)
-        rows = self.submission(predictions) if Path(predictions).suffix == ".jsonl" else _read_predictions(predictions)
+        if Path(predictions).suffix == ".jsonl":
+            rows = self.submission(predictions)
+        else:
+            rows = require_rows(read_json(predictions), ("questionId", "prediction"), predictions)
         keyed = ((number, str(row["questionId"]), row) for number, row in enumerate(rows, start=1))
         found = index_unique(keyed, predictions, duplicates)
         # Questions outside the balanced set may be answered or not: they never score.
@@ -68,11 +71,6 @@ class Gqa(Benchmark):
         )
 
 
-def convert(src: PathLike, dst: PathLike) -> None:
-    """Write the official predictions file of an answers file."""
-    write_json_atomic(dst, Gqa().submission(src))
-
-
 def _read_balanced(path: PathLike) -> dict[str, dict[str, Any]]:
     questions = read_json(path)
     if not isinstance(questions, dict) or not questions:
@@ -84,15 +82,6 @@ def _read_balanced(path: PathLike) -> dict[str, dict[str, Any]]:
     if not balanced:
         raise ValueError(f"{path}: none of the {len(questions)} questions has isBalanced = true, and only those score")
     return balanced
-
-
-def _read_predictions(path: PathLike) -> list[dict[str, Any]]:
-    rows = read_json(path)
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f'{path}: expected a non-empty JSON list of {{"questionId", "prediction"}}')
-    for number, row in enumerate(rows, start=1):
-        require_keys(row, ("questionId", "prediction"), f"{path} entry {number}")
-    return rows
 
 
 def _steps(row: Mapping[str, Any]) -> int:

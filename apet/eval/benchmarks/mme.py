@@ -131,31 +131,11 @@ def _part(scores: Mapping[str, float], absent: list[str]) -> str:
     return f"note: only {len(scores)} of the 14 categories are there; the totals are sums over these, not MME scores\n"
 
 
-def convert(folder: PathLike, experiment: str, duplicates: str = "error") -> None:
-    """Write `eval_tool/answers/{experiment}/{category}.txt` from `answers/{experiment}.jsonl` and the ground truth.
-
-    Args:
-        folder: The MME folder; the ground truth lies in its `MME_Benchmark_release_version`.
-        experiment: Name of the answers file without suffix.
-        duplicates: "error", or "last" to let a later answer to a question win.
-
-    Raises:
-        ValueError: Ground truth that cannot be read, or answers that are not those of all its questions.
-    """
-    folder = user_path(folder)
-    write_results(
-        folder / RELEASE,
-        folder / "answers" / f"{experiment}.jsonl",
-        folder / "eval_tool" / "answers" / experiment,
-        duplicates,
-    )
-
-
 def write_results(release: PathLike, answers_file: PathLike, target: PathLike, duplicates: str = "error") -> None:
     """Write `{target}/{category}.txt`, the files that are scored, from an answers file and the ground truth `release`.
 
     Raises:
-        ValueError: As `convert`.
+        ValueError: Ground truth that cannot be read, or answers that are not those of all its questions.
     """
     truth = _read_truth(Path(release))
     keyed = [

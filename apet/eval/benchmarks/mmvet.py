@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from apet.eval.benchmarks.base import Benchmark, register
-from apet.eval.benchmarks.files import PathLike, read_answers, write_json_atomic
+from apet.eval.benchmarks.files import PathLike, read_answers
 
 
 @register
@@ -15,8 +15,3 @@ class MmVet(Benchmark):
     def submission(self, result_file: PathLike, duplicates: str = "error") -> dict[str, str]:
         """`{"v1_<question id>": answer}`."""
         return {f"v1_{key}": row["text"] for key, row in read_answers(result_file, duplicates).items()}
-
-
-def convert(src: PathLike, dst: PathLike, duplicates: str = "error") -> None:
-    """Write the grader's file of an answers file."""
-    write_json_atomic(dst, MmVet().submission(src, duplicates), indent=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 from apet.eval.benchmarks.base import Benchmark, Score, register
 from apet.eval.benchmarks.files import (
     PathLike,
+    index_annotations,
     read_answers,
     read_json,
     require_complete,
     require_keys,
-    write_text_atomic,
+    write_jsonl_atomic,
 )
 from apet.eval.metrics import exact_match, percent
 
@@ -66,20 +66,15 @@ def convert(
     questions, _ = _read_annotations(annotation_file)
     answers = read_answers(result_file, duplicates)
     rows = ({"question_id": row["question_id"], "prediction": answers[key]["text"]} for key, row in questions.items())
-    write_text_atomic(result_upload_file, "".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl_atomic(result_upload_file, rows)
     return score
 
 
 def _read_annotations(path: PathLike) -> tuple[dict[str, dict[str, Any]], dict[str, int]]:
     """Questions by id, and type name -> type id."""
     content = read_json(path)
-    if not isinstance(content, dict) or not content.get("questions") or "question_type" not in content:
-        raise ValueError(f'{path}: expected a JSON object with "question_type" and a non-empty list under "questions"')
-    for number, row in enumerate(content["questions"], start=1):
-        require_keys(row, _KEYS, f"{path} question {number}")
-    questions = {str(row["question_id"]): row for row in content["questions"]}
-    if len(questions) != len(content["questions"]):
-        raise ValueError(f"{path}: {len(content['questions']) - len(questions)} question ids are there twice")
+    questions = index_annotations(content, _KEYS, path, "questions")
+    require_keys(content, ("question_type",), str(path))
     return questions, content["question_type"]
 
 

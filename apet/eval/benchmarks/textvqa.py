@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from apet.eval.benchmarks.base import Benchmark, Question, Score, register
-from apet.eval.benchmarks.files import PathLike, index_unique, read_json, read_jsonl, require_complete, require_keys
+from apet.eval.benchmarks.files import PathLike, index_unique, read_json, read_jsonl, require_complete, require_rows
 from apet.eval.metrics import soft_accuracy, vqa_normalize
 
 _OCR_HINT = "Reference OCR token: "
@@ -102,16 +102,12 @@ def _key(owner: object, question: str, occurrence: int) -> str:
 
 def _read_annotations(path: PathLike) -> dict[str, dict[str, Any]]:
     """Annotations by `_key` of image id and question, in file order."""
-    content = read_json(path)
-    rows = content.get("data") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f'{path}: expected a JSON object with a non-empty list under "data"')
+    rows = require_rows(read_json(path), ("image_id", "question_id", "question", "answers"), path, "data")
     annotations: dict[str, dict[str, Any]] = {}
     asked: Counter[tuple[object, str]] = Counter()
     ids: set[object] = set()
     for number, row in enumerate(rows, start=1):
         where = f"{path} entry {number}"
-        require_keys(row, ("image_id", "question_id", "question", "answers"), where)
         if len(row["answers"]) != _ANSWERS_PER_QUESTION:
             raise ValueError(
                 f"{where}: {len(row['answers'])} answers, TextVQA has {_ANSWERS_PER_QUESTION} per question"

@@ -7,7 +7,6 @@ An answer line holds id, question, answer and pred, so that it can be scored alo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from apet.eval.benchmarks.base import Benchmark, Question, Score, register
@@ -18,6 +17,7 @@ from apet.eval.benchmarks.files import (
     read_json,
     record_path,
     require_keys,
+    require_rows,
     require_types,
 )
 from apet.eval.metrics import exact_match, vqa_normalize
@@ -41,7 +41,7 @@ class VideoQa(Benchmark):
         Raises:
             ValueError: Broken files, a repeated question id, or answers that do not fit the questions.
         """
-        asked = _rows(question_file, ("video_name", "question", "question_id"))
+        asked = require_rows(read_json(question_file), ("video_name", "question", "question_id"), question_file)
         types = {"video_name": (str,), "question": (str,), "question_id": (int, str)}
         for number, row in enumerate(asked, start=1):
             require_types(row, types, f"{question_file} entry {number}")
@@ -61,15 +61,7 @@ class VideoQa(Benchmark):
             for row, answer in zip(asked, answers, strict=True)
         ]  # fmt: skip
 
-    def answer_line(
-        self,
-        question: Question,
-        answer: str,
-        *,
-        answer_id: str,
-        model_id: str,
-        metadata: Mapping[str, Any] | None = None,
-    ) -> dict[str, Any]:
+    def answer_line(self, question: Question, answer: str, *, answer_id: str, model_id: str) -> dict[str, Any]:
         """The published line; it has no place for who answered, which the run record says."""
         return {
             "id": question.question_id, "question": question.text, "answer": question.fields["answer"], "pred": answer,
@@ -160,18 +152,9 @@ def unanswered_line(failures: int) -> str:
     return f"Not counted: {failures} questions whose video cannot be read\n" if failures else ""
 
 
-def _rows(path: PathLike, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    rows = read_json(path)
-    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} must be a JSON list of objects, with at least one")
-    for number, row in enumerate(rows, start=1):
-        require_keys(row, keys, f"{path} entry {number}")
-    return rows
-
-
 def _answers(path: PathLike, ids: list[Any], question_file: PathLike) -> list[str]:
     """One answer per question, in the order of the questions."""
-    rows = _rows(path, ("answer",))
+    rows = require_rows(read_json(path), ("answer",), path)
     answered = [row.get("question_id") for row in rows]
     if None in answered and any(one is not None for one in answered):
         raise ValueError(

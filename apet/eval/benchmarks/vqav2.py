@@ -11,12 +11,13 @@ from apet.eval.benchmarks.base import Benchmark, Score, Submission, register
 from apet.eval.benchmarks.files import (
     LooseAnswers,
     PathLike,
+    index_annotations,
     index_unique,
     read_answers,
     read_json,
     read_jsonl,
     require_complete,
-    require_keys,
+    require_rows,
     user_path,
 )
 from apet.eval.metrics import percent, soft_accuracy, vqa_normalize, vqa_process_digit_article, vqa_process_punctuation
@@ -65,7 +66,8 @@ class VqaV2(Benchmark):
             result_file: The answers file (`.jsonl`), or an upload file (`[{"question_id", "answer"}]`).
             duplicates: "error", or "last" to let a later answer to a question win.
         """
-        annotations = _read_annotations(annotation_file)
+        keys = ("question_id", "question_type", "answer_type", "answers")
+        annotations = index_annotations(read_json(annotation_file), keys, annotation_file, "annotations")
         predicted = _read_predictions(result_file, duplicates)
         require_complete(annotations, predicted, result_file, annotation_file)
         per_sample = {key: _accuracy(predicted[key], row["answers"]) for key, row in annotations.items()}
@@ -91,46 +93,21 @@ def _ids(path: Path) -> dict[str, Any]:
     return {str(row["question_id"]): row["question_id"] for _, row in read_jsonl(path, ("question_id",))}
 
 
-def _read_annotations(path: PathLike) -> dict[str, dict[str, Any]]:
-    content = read_json(path)
-    rows = content.get("annotations") if isinstance(content, dict) else None
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f'{path}: expected a JSON object with a non-empty list under "annotations"')
-    annotations: dict[str, dict[str, Any]] = {}
-    for number, row in enumerate(rows, start=1):
-        require_keys(row, ("question_id", "question_type", "answer_type", "answers"), f"{path} entry {number}")
-        annotations[str(row["question_id"])] = row
-    if len(annotations) != len(rows):
-        raise ValueError(f"{path}: {len(rows) - len(annotations)} question ids are there twice")
-    return annotations
-
-
 def _read_predictions(path: PathLike, duplicates: str) -> dict[str, str]:
     if Path(path).suffix == ".jsonl":
         return {key: row["text"] for key, row in read_answers(path, duplicates).items()}
-    rows = read_json(path)
-    if not isinstance(rows, list) or not rows:
-        raise ValueError(f'{path}: expected a non-empty JSON list of {{"question_id", "answer"}}')
-    for number, row in enumerate(rows, start=1):
-        require_keys(row, ("question_id", "answer"), f"{path} entry {number}")
+    rows = require_rows(read_json(path), ("question_id", "answer"), path)
     keyed = ((number, str(row["question_id"]), row) for number, row in enumerate(rows, start=1))
     return {key: row["answer"] for key, row in index_unique(keyed, path, duplicates).items()}
 
 
 def _accuracy(prediction: str, answers: Iterable[Mapping[str, str]]) -> float:
     """Soft accuracy; both sides are normalised only if the annotators disagree (the official rule)."""
-    prediction, *truths = (_one_line(text) for text in (prediction, *(answer["answer"] for answer in answers)))
-    if len(set(truths)) > 1:
-        prediction, *truths = (_normal_form(text) for text in (prediction, *truths))
-    return soft_accuracy(prediction, truths)
-
-
-def _one_line(text: str) -> str:
-    return text.replace("\n", " ").replace("\t", " ").strip()
-
-
-def _normal_form(text: str) -> str:
-    return vqa_process_digit_article(vqa_process_punctuation(text))
+    texts = [prediction, *(answer["answer"] for answer in answers)]
+    texts = [text.replace("\n", " ").replace("\t", " ").strip() for text in texts]
+    if len(set(texts[1:])) > 1:
+        texts = [vqa_process_digit_article(vqa_process_punctuation(text)) for text in texts]
+    return soft_accuracy(texts[0], texts[1:])
 
 
 def _report(details: Mapping[str, Any], n_questions: int) -> str:
