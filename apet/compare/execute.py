@@ -4,7 +4,6 @@ A score is written after its run record says "complete", and both are kept with 
 `<out>/<benchmark>/<cell>/<benchmark>-<cell>.jsonl`, `.run.json`, `.score.json` (`apet.report` reads them too).
 """
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from apet.eval.answerer import Answerer
 from apet.eval.benchmarks import get_benchmark
 from apet.eval.benchmarks.files import read_json
 from apet.eval.loader import LoadedModel
-from apet.eval.run_record import RunRecord
+from apet.eval.run_record import RunRecord, differing
 from apet.eval.runner import RunOptions, run
 
 logger = logging.getLogger(__name__)
@@ -111,9 +110,7 @@ def _is_finished(answerer: Answerer, options: RunOptions) -> bool:
     if not path.is_file() or not Path(options.answers_file).is_file():
         return False
     record = read_json(path)
-    wanted = json.loads(json.dumps(RunRecord.begin(options, answerer, 0).settings))
-    changed = sorted(key for key in record["settings"] | wanted if record["settings"].get(key) != wanted.get(key))
+    changed = differing(record["settings"], RunRecord.begin(options, answerer, 0).settings)
     if changed:
-        there, now = ({key: settings.get(key) for key in changed} for settings in (record["settings"], wanted))
-        raise _OtherSettings(f"{path} was made with {there}, now it would be {now}; give another --out")
+        raise _OtherSettings(f"{path} was made with other settings ({changed}); give another --out")
     return record["status"] == "complete"

@@ -12,11 +12,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from apet.eval.interrupts import raising
 
 _ENDING = (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
 _POLL_SECONDS = 0.1
@@ -123,12 +123,13 @@ def run_chunks(chunks: Sequence[Chunk]) -> bool:
     """
     running: dict[int, subprocess.Popen] = {}
     succeeded = True
-    with _ending_interrupts():
+    with raising(KeyboardInterrupt, *_ENDING):
         try:
             for chunk in chunks:
                 running[chunk.index] = chunk.start()
             if len(chunks) > 1:
-                print(f"{len(chunks)} processes; logs: {_all_logs(chunks[0])}", flush=True)
+                logs = str(chunks[0].log).removesuffix("_0.log") + "_*.log"
+                print(f"{len(chunks)} processes; logs: {logs}", flush=True)
             while running:
                 for index in [index for index, process in running.items() if process.poll() is not None]:
                     if running.pop(index).returncode != 0:
@@ -143,28 +144,7 @@ def run_chunks(chunks: Sequence[Chunk]) -> bool:
     return succeeded
 
 
-def _all_logs(first: Chunk) -> Path:
-    return first.log.with_name(first.log.name.replace("_0.log", "_*.log"))
-
-
 def _report_failure(chunk: Chunk) -> None:
     if chunk.log is not None:
         head = f"chunk {chunk.index} of {chunk.count} (counted from 0) failed; the end of {chunk.log}:"
         print(f"{head}\n{chunk.last_lines()}", end="", file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _ending_interrupts() -> Iterator[None]:
-    """Inside, the signals that end a process raise KeyboardInterrupt, unless they were ignored (nohup)."""
-    before = {one: signal.getsignal(one) for one in _ENDING}
-    for one in (one for one, handler in before.items() if handler is not signal.SIG_IGN):
-        signal.signal(one, _interrupt)
-    try:
-        yield
-    finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
-
-
-def _interrupt(*_: Any) -> None:
-    raise KeyboardInterrupt

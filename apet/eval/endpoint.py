@@ -26,7 +26,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 KEY_VARIABLE = "APET_API_KEY"
@@ -178,8 +178,8 @@ class Endpoint:
         if stream:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         ask = self._streamed if stream else self._whole
-        fields, attempts = self._repeat(lambda: ask(body))
-        return Completion(**fields, attempts=attempts)
+        answer, attempts = self._repeat(lambda: ask(body))
+        return replace(answer, attempts=attempts)
 
     def complete_all(
         self, conversations: Iterable[Sequence[Message]], *, model: str, stream: bool = False, **options: Any
@@ -222,7 +222,7 @@ class Endpoint:
                 time.sleep(max(wait, min(problem.wait or 0.0, LONGEST_WAIT)))
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _whole(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _whole(self, body: dict[str, Any]) -> Completion:
         start = time.perf_counter()
         reply = self._json("/chat/completions", body)
         seconds = time.perf_counter() - start
@@ -231,9 +231,9 @@ class Endpoint:
             text, finish = choice["message"].get("content"), choice.get("finish_reason")
         except (KeyError, IndexError, TypeError, AttributeError):
             raise EndpointError(f"{self.url} answered without a message: {_quote(reply)}") from None
-        return _fields(text, finish, reply.get("model"), reply.get("usage"), seconds)
+        return _completion(text, finish, reply.get("model"), reply.get("usage"), seconds)
 
-    def _streamed(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _streamed(self, body: dict[str, Any]) -> Completion:
         start = time.perf_counter()
         pieces: list[str] = []
         finish = model = usage = first = None
@@ -254,21 +254,24 @@ class Endpoint:
                         pieces.append(piece)
         if not done and finish is None:
             raise _Transient("the answer broke off")
-        return _fields("".join(pieces), finish, model, usage, time.perf_counter() - start, first)
+        return _completion("".join(pieces), finish, model, usage, time.perf_counter() - start, first)
 
     def _events(self, response: Any) -> Iterator[dict[str, Any] | None]:
         """The JSON objects of a stream of server-sent events; None for its end mark."""
-        for line in _lines(response):
-            if not line.startswith(b"data:"):
-                continue  # blank lines between events, comments that keep the connection open
-            data = line[len(b"data:") :].strip()
-            if data == b"[DONE]":
-                yield None
-                return
-            try:
-                yield json.loads(data)
-            except ValueError:
-                raise EndpointError(f"{self.url} streamed something that is not JSON: {_quote(data)}") from None
+        try:
+            for line in response:
+                if not line.startswith(b"data:"):
+                    continue  # blank lines between events, comments that keep the connection open
+                data = line[len(b"data:") :].strip()
+                if data == b"[DONE]":
+                    yield None
+                    return
+                try:
+                    yield json.loads(data)
+                except ValueError:
+                    raise EndpointError(f"{self.url} streamed something that is not JSON: {_quote(data)}") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise _broken_off(error) from None
 
     def _json(self, path: str, body: dict[str, Any] | None) -> Any:
         with self._open(path, body) as response:
@@ -356,33 +359,17 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 _DIRECT = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
 
 
-def _lines(response: Any) -> Iterator[bytes]:
-    """The lines of a response as they arrive."""
-    try:
-        yield from response
-    except (OSError, http.client.HTTPException) as error:
-        raise _broken_off(error) from None
-
-
 def _broken_off(error: Exception) -> _Transient:
     return _Transient(f"the answer broke off: {str(error) or type(error).__name__}")
 
 
-def _fields(
+def _completion(
     text: Any, finish: Any, model: Any, usage: Any, seconds: float, first: float | None = None
-) -> dict[str, Any]:
-    """Fields of `Completion` beside the attempts."""
+) -> Completion:
+    """What a server said, as the answer of one attempt."""
     usage = usage or {}
-    return {
-        "text": text or "",
-        "prompt_tokens": usage.get("prompt_tokens"),
-        "completion_tokens": usage.get("completion_tokens"),
-        "finish_reason": finish,
-        "model": model,
-        "seconds": seconds,
-        "first_token_seconds": first,
-        "usage": usage,
-    }
+    counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+    return Completion(text or "", *counts, finish, model, seconds, first, usage=usage)
 
 
 def _reply(error: urllib.error.HTTPError) -> Any:

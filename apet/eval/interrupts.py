@@ -30,17 +30,21 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextmanager
-def termination_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM raises `Terminated` in the main thread; elsewhere than there nothing is changed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _terminate)
+def raising(error: type[BaseException], *signals: signal.Signals) -> Iterator[None]:
+    """Inside, these signals raise an error in the main thread, unless they are ignored (nohup).
+
+    In another thread than that nothing is changed.
+    """
+
+    def stop(*_: Any) -> None:
+        raise error
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {one: signal.getsignal(one) for one in signals if main and signal.getsignal(one) is not signal.SIG_IGN}
+    for one in before:
+        signal.signal(one, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _terminate(*_: Any) -> None:
-    raise Terminated
+        for one, handler in before.items():
+            signal.signal(one, handler)

@@ -11,7 +11,6 @@ beside `apet` is there without an entry point. The module has three functions:
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -21,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol
 
-from apet.eval.scoring_cli import Parser, run
+from apet.eval.scoring_cli import Parser, run, show_notes
 
 if TYPE_CHECKING:  # what only looks at files needs no torch
     import numpy as np
@@ -116,9 +115,7 @@ def run_program(
         action: (arguments, loader).
         argv: Arguments, None for the command line's.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("transformers", "httpx", "accelerate", "PIL", "matplotlib"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    show_notes()
     try:
         loader = find_loader(argv)
     except ValueError as error:

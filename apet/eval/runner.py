@@ -69,7 +69,7 @@ def run(
         ValueError: An image that cannot be read (with on_error="stop"), answers that nobody said to continue or to
             replace, or a resumed file of another run. Answers given so far stay in the file.
         OSError: The answers cannot be written, or another run is writing them.
-        Interrupted: Ctrl-C, or SIGTERM inside `termination_interrupts`.
+        Interrupted: Ctrl-C, or SIGTERM where it raises `apet.eval.interrupts.Terminated`.
     """
     questions = numbered(questions)[: options.limit]
     shard = split_balanced(questions, options.num_chunks)[options.chunk_idx]

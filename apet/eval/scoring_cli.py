@@ -6,6 +6,7 @@ A scorer or converter is a `Program`, an entry of a table: `apet.eval.scorers`, 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,13 @@ class Parser(argparse.ArgumentParser):
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=36)
+
+
+def show_notes() -> None:
+    """Print what our modules log, as it is; of the libraries below them only warnings."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("transformers", "httpx", "accelerate", "PIL", "matplotlib"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def add_duplicates_flag(parser: Parser) -> None:

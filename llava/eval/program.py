@@ -1,9 +1,9 @@
 """What the question-file programs share: model flags, loading, running, and the lines printed around it."""
 
 import argparse
-import logging
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,10 +16,10 @@ from apet.eval.benchmarks import Benchmark, Question, get_benchmark
 from apet.eval.benchmarks.video_qa import VideoQa
 from apet.eval.cli import add_compression_flags, add_data_flags, add_runner_flags, config_from_flags, run_options
 from apet.eval.endpoint import KEY_VARIABLE, Endpoint
-from apet.eval.interrupts import Interrupted, termination_interrupts
+from apet.eval.interrupts import Interrupted, Terminated, raising
 from apet.eval.run_record import RunRecord
 from apet.eval.runner import check, merge_ranks, rank_options, run
-from apet.eval.scoring_cli import USER_ERRORS, Parser
+from apet.eval.scoring_cli import USER_ERRORS, Parser, show_notes
 from apet.eval.server import ServerAnswerer
 from llava.conversation import new_conversation, plain_conv_mode
 from llava.eval.answerer import LlavaAnswerer, LlavaPreparer
@@ -106,11 +106,9 @@ def main(
     """
     words = sys.argv[1:] if argv is None else argv
     try:
-        with termination_interrupts():
+        with raising(Terminated, signal.SIGTERM):
             args = parser.parse_args(words)
-            logging.basicConfig(level=logging.INFO, format="%(message)s")
-            for noisy in ("transformers", "httpx", "accelerate", "PIL"):
-                logging.getLogger(noisy).setLevel(logging.WARNING)
+            show_notes()
             if complete is not None:
                 complete(args)
             return _answer(parser, args, read)
@@ -122,19 +120,6 @@ def main(
     except USER_ERRORS as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 1
-
-
-def load_answerer(args: argparse.Namespace, conv_mode: str, frames: int = FRAMES) -> LlavaAnswerer | FamilyAnswerer:
-    """Model, preparer and settings of parsed flags; `frames` are taken from a video."""
-    config = config_from_flags(args)
-    generation = _generation(args)
-    tokenizer, model, processor = load_model(args)
-    name = get_model_name_from_path(args.model_path)
-    if isinstance(processor, FamilyProcessor):
-        family_preparer = FamilyPreparer(processor, conv_mode, frames)
-        return FamilyAnswerer(model, family_preparer, generation, config, name, args.model_path)
-    preparer = LlavaPreparer(tokenizer, processor, model.config, conv_mode)
-    return LlavaAnswerer(model, preparer, generation, config, name, args.model_path)
 
 
 def load_model(args: argparse.Namespace) -> tuple:
@@ -208,9 +193,15 @@ def require_benchmark(benchmark: Benchmark, kind: type[Benchmark]) -> None:
 
 
 def _local_answerer(args: argparse.Namespace) -> Answerer:
-    conv_mode = plain_conv_mode(get_model_name_from_path(args.model_path), args.conv_mode)
-    new_conversation(conv_mode)
-    return load_answerer(args, conv_mode, getattr(args, "num_frames", FRAMES))
+    name = get_model_name_from_path(args.model_path)
+    conv_mode = plain_conv_mode(name, args.conv_mode)
+    new_conversation(conv_mode)  # an unknown mode is refused before minutes go into loading
+    shared = (_generation(args), config_from_flags(args), name, args.model_path)
+    tokenizer, model, processor = load_model(args)
+    if isinstance(processor, FamilyProcessor):
+        family_preparer = FamilyPreparer(processor, conv_mode, getattr(args, "num_frames", FRAMES))
+        return FamilyAnswerer(model, family_preparer, *shared)
+    return LlavaAnswerer(model, LlavaPreparer(tokenizer, processor, model.config, conv_mode), *shared)
 
 
 def _generation(args: argparse.Namespace) -> GenerationSettings:
