@@ -4,6 +4,7 @@ A sub-command is a module of this package with `add_arguments(parser)` and `run(
 What `run` returns is JSON; its "tables" (`apet.bench.output.table`) are printed and everything goes to the JSON line.
 """
 
+import argparse
 import importlib
 import json
 import sys
@@ -11,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 from apet.bench.output import environment, markdown
-from apet.eval.benchmarks.files import user_path, write_json_atomic, write_text_atomic
-from apet.eval.scoring_cli import Parser
+from apet.eval.benchmarks.files import write_json_atomic, write_text_atomic
+from apet.eval.scoring_cli import Parser, run
 
 # Name of the sub-command and of its module, with an example. The first line of the module's docstring is its help.
 COMMANDS: Mapping[str, str] = {
@@ -63,23 +64,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = ", ".join(COMMANDS)
         print(f"apet bench: error: unknown command {command!r}; choose {known}", file=sys.stderr)
         return 2
-    flags = parser(command)
-    args = flags.parse_args(rest)
-    try:
-        result = module_of(command).run(args)
-        arguments = {name: value for name, value in vars(args).items() if name not in ("json", "markdown")}
-        result = {"command": command, "arguments": arguments, "environment": environment(), **result}
-        text = markdown(result.get("tables", ()), result["environment"])
-        if args.json:
-            write_json_atomic(user_path(args.json), result, indent=1)
-        if args.markdown:
-            write_text_atomic(user_path(args.markdown), text)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"{flags.prog}: error: {error}", file=sys.stderr)
-        return 1
+    return run(parser(command), lambda args: measure(command, args), rest)
+
+
+def measure(command: str, args: argparse.Namespace) -> None:
+    """Run a sub-command; print its tables and its JSON line, and write them where the flags say."""
+    result = module_of(command).run(args)
+    arguments = {name: value for name, value in vars(args).items() if name not in ("json", "markdown")}
+    result = {"command": command, "arguments": arguments, "environment": environment(), **result}
+    text = markdown(result.get("tables", ()), result["environment"])
+    if args.json:
+        write_json_atomic(args.json, result, indent=1)
+    if args.markdown:
+        write_text_atomic(args.markdown, text)
     print(text)
     print(json.dumps(result))
-    return 0
 
 
 if __name__ == "__main__":

@@ -12,13 +12,13 @@ _READ_BYTES = {"cuda": 2**31, "cpu": 2**28}
 
 
 def add_ceiling_flags(parser: argparse.ArgumentParser) -> None:
-    """Ceilings of another machine than this one."""
+    """Flags for the ceilings of another machine than this one."""
     parser.add_argument("--tflops", type=float, help="matrix products, TFLOP/s (default: measured here)")
     parser.add_argument("--gbytes", type=float, help="memory, GB/s (default: measured here)")
 
 
 def chosen_ceilings(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Those of the flags; what is not given is measured.
+    """The ceilings that the flags name; one that is not given is measured here.
 
     Raises:
         ValueError: A ceiling that is not above zero.
@@ -46,5 +46,5 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 
 def described(ceilings: Ceilings) -> str:
-    """Both, for the title of a table."""
+    """The two ceilings as text, for the title of a table."""
     return f"ceilings {ceilings.flops / 1e12:.3g} TFLOP/s, {ceilings.bandwidth / 1e9:.3g} GB/s"

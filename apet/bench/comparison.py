@@ -42,13 +42,7 @@ class Comparison:
 
     def cells(self) -> list[Any]:
         """The cells of `COLUMNS`."""
-        return [
-            str(self.time),
-            self.samples_per_second,
-            text(self.speedup),
-            percent(self.of_random),
-            text(self.over_published),
-        ]
+        return [self.time, self.samples_per_second, self.speedup, percent(self.of_random), self.over_published]
 
     def as_json(self) -> dict[str, Any]:
         """The fields, timings as mappings."""
@@ -56,13 +50,8 @@ class Comparison:
 
 
 def timings_as_json(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with timings as mappings."""
+    """The figures with every `Timing` among them as a mapping."""
     return {key: value._asdict() if isinstance(value, Timing) else value for key, value in figures.items()}
-
-
-def text(timing: Timing | None) -> str | None:
-    """A cell, empty where there is nothing."""
-    return None if timing is None else str(timing)
 
 
 def percent(share: float | None) -> str | None:

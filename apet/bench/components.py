@@ -34,11 +34,11 @@ class Marks:
         self._spans: list[tuple[str, Any, Any]] = []
 
     def start(self, name: str) -> None:
-        """Open a span."""
+        """Open a span of this name."""
         self._open[name] = self._now()
 
     def stop(self, name: str) -> None:
-        """Close it."""
+        """Close the span of this name."""
         self._spans.append((name, self._open.pop(name), self._now()))
 
     def milliseconds(self) -> dict[str, float]:

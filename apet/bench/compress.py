@@ -25,6 +25,7 @@ from apet.bench.memory import peak_bytes
 from apet.bench.output import table
 from apet.bench.shapes import AS_PUBLISHED, Shape, block, compressor, parse_methods
 from apet.bench.timing import Timing, fit_growth, ratio, time_in_turns
+from apet.bench.variants import parse_counts
 from apet.methods import get_method
 
 _READ, _PRODUCT, _GRAPH = "read of the tokens", "similarity product", "apet, CUDA graph"
@@ -51,7 +52,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     device, dtype = chosen_device(args)
     methods = list(dict.fromkeys(["apet", *parse_methods(args.methods), "random"]))
     shapes = [Shape.parse(text) for text in args.shapes.split(",")]
-    sizes = parse_sizes(args.scaling) if args.scaling else []
+    sizes = parse_counts(args.scaling, "--scaling") if args.scaling else []
+    if len(sizes) in (1, 2):
+        raise ValueError(f"--scaling {args.scaling!r} must be three or more numbers of tokens, like {_SIZES}")
     measured = [Shape.parse(text) for text in args.memory.split(",")] if args.memory else []
     scaled = [_scaling_shape(args.scaling_block, size) for size in sizes]
     title = described(device, dtype)
@@ -80,18 +83,6 @@ def floor_calls(tokens: Tensor, keep: int) -> dict[str, Callable[[], Tensor]]:
     return {_READ: lambda: tokens.sum(-1), _PRODUCT: lambda: donors @ receivers}
 
 
-def parse_sizes(text: str) -> list[int]:
-    """Counts separated by commas.
-
-    Raises:
-        ValueError: Something else, or fewer than three.
-    """
-    words = [word.strip() for word in text.split(",")]
-    if len(words) < 3 or not all(word.isdecimal() for word in words):
-        raise ValueError(f"--scaling {text!r} must be three or more numbers of tokens, like {_SIZES}")
-    return [int(word) for word in words]
-
-
 def _scaling_shape(text: str, tokens: int) -> Shape:
     batch, cross, rest = text.partition("x")
     if not cross:
@@ -116,7 +107,7 @@ def _time_shape(shape: Shape, methods: list[str], device, dtype, args) -> tuple[
     for name, call in calls.items():
         launches = count_launches(call, device)
         faster, above = ratio(times[AS_PUBLISHED], times[name]), ratio(times[name], floor_times)
-        rows.append([_described(name), str(Timing.of(times[name])), str(faster), str(above), *launch_cells(launches)])
+        rows.append([_described(name), Timing.of(times[name]), faster, above, *launch_cells(launches)])
         entries[name] = {
             "ms": Timing.of(times[name])._asdict(),
             "as_published_over_this": faster._asdict(),
@@ -125,7 +116,7 @@ def _time_shape(shape: Shape, methods: list[str], device, dtype, args) -> tuple[
         }
     rows += [[name, reason, None, None, *launch_cells(None)] for name, reason in failed.items()]
     for name in floor:
-        rows.append([f"floor: {name}", str(Timing.of(times[name])), None, None, *launch_cells(None)])
+        rows.append([f"floor: {name}", Timing.of(times[name]), None, None, *launch_cells(None)])
         entries[name] = {"ms": Timing.of(times[name])._asdict()}
     return {"shape": str(shape), "calls": entries, "failed": failed}, rows
 
@@ -146,7 +137,7 @@ def _time_growth(shapes: list[Shape], device, dtype, args) -> tuple[dict[str, An
         times = time_in_turns(calls, device, repeats=args.repeats, warmup=args.warmup, seconds=args.seconds)
         timing = Timing.of(times["apet"])
         medians.append(timing.median)
-        rows.append([str(shape), str(timing), f"{timing.median / shape.tokens * 1e3:.3g}"])
+        rows.append([shape, timing, f"{timing.median / shape.tokens * 1e3:.3g}"])
     fit = fit_growth([shape.tokens for shape in shapes], medians)
     points = [[shape.tokens, median] for shape, median in zip(shapes, medians, strict=True)]
     return {"points": points, **fit._asdict()}, rows
@@ -160,6 +151,6 @@ def _measure_memory(shapes: list[Shape], device, dtype) -> tuple[list[dict[str, 
         # Run as written, the formulas would need more than many machines have; this much is certain.
         broadcast = broadcast_elements(*shape) * dtype.itemsize
         for name, count in (("apet, measured", peak), (f"{AS_PUBLISHED}, one temporary", broadcast)):
-            rows.append([str(shape), name, f"{count / 2**20:,.1f}", f"{count / size:.2f}"])
+            rows.append([shape, name, f"{count / 2**20:,.1f}", f"{count / size:.2f}"])
             figures.append({"shape": str(shape), "what": name, "bytes": count, "times_input": count / size})
     return figures, rows

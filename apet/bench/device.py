@@ -65,7 +65,7 @@ def chosen_device(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
 
 
 def described(device: torch.device, dtype: torch.dtype) -> str:
-    """Both, for the title of a table."""
+    """Device and precision as text, for the title of a table."""
     return f"{device.type}, {str(dtype).removeprefix('torch.')}"
 
 

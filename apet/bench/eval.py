@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         share = None
         if ceiling is not None:
             share = figure["speedup"].median / ratio(times[UNCOMPRESSED], times[ceiling]).median
-        rows.append([cell.method, tokens[cell.name], *map(str, figure.values()), percent(share)])
+        rows.append([cell.method, tokens[cell.name], *figure.values(), percent(share)])
         figures.append(
             {"name": cell.name, "visual_tokens": tokens[cell.name], "share_of_random": share} | timings_as_json(figure)
         )

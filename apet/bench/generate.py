@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 @torch.inference_mode()
 def measure(preset: Preset, model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
-    """As `run`, on a model that is there."""
+    """As `run`, on a model that was built before."""
     device, dtype = chosen_device(args)
     batches = parse_counts(args.batch, "--batch")
     lengths = sorted(set(parse_counts(args.new_tokens, "--new_tokens")))
@@ -54,7 +54,10 @@ def measure(preset: Preset, model: nn.Module, args: argparse.Namespace) -> dict[
     tables, figures = [], []
     for batch in batches:
         inputs = preset.inputs(batch, args.text_tokens, device, dtype)
-        fine, failed = runnable(variants, lambda variant, inputs=inputs: _largest(variant, inputs, lengths[-1]))
+        # What must fit into memory; compilation is left to the measurement.
+        fine, failed = runnable(
+            variants, lambda variant, inputs=inputs: replace(variant, cache=None).generate(inputs, lengths[-1])
+        )
         found = [_time_answers(fine, inputs, batch, length, device, args) for length in lengths]
         title = f"{preset.name}, batch {batch}, {described(device, dtype)}{', compiled' if args.compile else ''}"
         rows = [
@@ -72,11 +75,6 @@ def measure(preset: Preset, model: nn.Module, args: argparse.Namespace) -> dict[
         ]
         figures.append({"batch": batch, "calls": calls, "failed": failed})
     return {"tables": tables, "batches": figures, "budget": variants[RANDOM].config.to_dict()}
-
-
-def _largest(variant: Variant, inputs: Mapping[str, Tensor], length: int) -> None:
-    """What must fit into memory; compilation is left to the measurement."""
-    replace(variant, cache=None).generate(inputs, length)
 
 
 def _time_answers(

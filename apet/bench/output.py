@@ -13,7 +13,7 @@ from apet.tables import markdown_table
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """A table as JSON types: cells are text, numbers, or None where there is nothing to say.
+    """A table as JSON types: numbers and None, for nothing to say, as they are, any other cell as text.
 
     Raises:
         ValueError: A row with more or fewer cells than columns.
@@ -21,7 +21,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"table {title!r}: row {list(row)} has {len(row)} cells for {len(columns)} columns")
-    return {"title": title, "columns": list(columns), "rows": [list(row) for row in rows]}
+    kept = int | float | None
+    cells = [[cell if isinstance(cell, kept) else str(cell) for cell in row] for row in rows]
+    return {"title": title, "columns": list(columns), "rows": cells}
 
 
 def markdown(tables: Sequence[Mapping[str, Any]], where: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import apet
 from apet.bench.ceilings import add_ceiling_flags, chosen_ceilings
 from apet.bench.ceilings import described as described_ceilings
-from apet.bench.comparison import COLUMNS, Comparison, percent, text, timings_as_json
+from apet.bench.comparison import COLUMNS, Comparison, percent, timings_as_json
 from apet.bench.components import TOTAL, marked, tower_stops_early
 from apet.bench.device import (
     LAUNCH_COLUMNS,
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 @torch.inference_mode()
 def measure(preset: Preset, model: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
-    """As `run`, on a model that is there."""
+    """As `run`, on a model that was built before."""
     device, dtype = chosen_device(args)
     batches = parse_counts(args.batch, "--batch")
     if args.cuda_graphs and device.type != "cuda":
@@ -180,7 +180,7 @@ def _components(variants: Sequence[Variant], inputs: Mapping[str, Tensor], devic
     medians = {
         name: {part: Timing.of([one[part] for one in rounds]) for part in rounds[0]} for name, rounds in spent.items()
     }
-    rows = [[part, *(text(medians[name].get(part)) for name in spent)] for part in names]
+    rows = [[part, *(medians[name].get(part) for name in spent)] for part in names]
     shares = {}
     for name, parts in medians.items():
         selection = sum(timing.median for part, timing in parts.items() if part.startswith("selector"))

@@ -28,12 +28,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from apet.bench import generate, prefill
 from apet.bench.__main__ import module_of, parser
 from apet.bench.as_published import compress_as_published
 from apet.bench.ceilings import described, measure_ceilings
 from apet.bench.device import check_device, context_lost, default_dtype
 from apet.bench.output import environment, markdown, table
+from apet.bench.prefill import GRAPH
 from apet.bench.presets import Preset, get_preset
 from apet.bench.shapes import AS_PUBLISHED, Shape, block
 from apet.compressor import compress
@@ -87,7 +87,7 @@ class Session:
         if command == "compress":
             return module_of(command).run(args)
         preset, model = self.model(args.preset)
-        return {"prefill": prefill, "generate": generate}[command].measure(preset, model, args)
+        return module_of(command).measure(preset, model, args)
 
     def model(self, name: str) -> tuple[Preset, nn.Module]:
         """A preset and its model; the one before makes room."""
@@ -202,21 +202,17 @@ def _agreement(shape: Shape, dtype: torch.dtype, device: torch.device) -> dict[s
     }
 
 
-def _prefill(preset: str, batch: int, *words: str) -> Callable[[Session, float], dict[str, Any]]:
+def _model(command: str, preset: str, batch: int, *words: str) -> Callable[[Session, float], dict[str, Any]]:
+    """A part that runs a command on the model of a preset."""
+
     def run(session: Session, limit: float) -> dict[str, Any]:
-        graphs = ["--cuda_graphs"] if session.device.type == "cuda" and preset == "llava-1.5-7b" else []
-        count = 1 if session.dry else batch
-        flags = ["--preset", preset, "--batch", str(count), "--repeats", "15", *words, *graphs, *session.ceilings]
-        return session.bench("prefill", limit, *flags)
-
-    return run
-
-
-def _generate(preset: str, batch: int, *words: str) -> Callable[[Session, float], dict[str, Any]]:
-    def run(session: Session, limit: float) -> dict[str, Any]:
-        count = 1 if session.dry else batch
-        flags = ["--preset", preset, "--batch", str(count), "--repeats", "7", "--warmup", "1", "--new_tokens", "2,16"]
-        return session.bench("generate", limit, *flags, *words)
+        flags = ["--preset", preset, "--batch", "1" if session.dry else str(batch)]
+        if command == "generate":
+            flags += ["--repeats", "7", "--warmup", "1", "--new_tokens", "2,16"]
+        else:
+            graphs = session.device.type == "cuda" and preset == "llava-1.5-7b"
+            flags += ["--repeats", "15", *session.ceilings, *["--cuda_graphs"] * graphs]
+        return session.bench(command, limit, *flags, *words)
 
     return run
 
@@ -272,20 +268,20 @@ def read_results(log: str) -> dict[str, str]:
 PARTS: Mapping[str, Part] = {
     "machine": Part(10, _machine),
     "compress-bf16": Part(40, _compress("bfloat16")),
-    "prefill-b1": Part(45, _prefill("llava-1.5-7b", 1)),
-    "prefill-b16": Part(45, _prefill("llava-1.5-7b", 16, "--repeats", "10")),
-    "generate-b1": Part(30, _generate("llava-1.5-7b", 1)),
+    "prefill-b1": Part(45, _model("prefill", "llava-1.5-7b", 1)),
+    "prefill-b16": Part(45, _model("prefill", "llava-1.5-7b", 16, "--repeats", "10")),
+    "generate-b1": Part(30, _model("generate", "llava-1.5-7b", 1)),
     "tests": Part(60, _tests, own_process=True),
-    "next-b4": Part(45, _prefill("llava-next-7b", 4, "--repeats", "8")),
-    "qwen-b1": Part(35, _prefill("qwen2.5-vl-7b", 1)),
-    "prefill-b4": Part(40, _prefill("llava-1.5-7b", 4)),
-    "generate-b16": Part(40, _generate("llava-1.5-7b", 16, "--no_published")),
+    "next-b4": Part(45, _model("prefill", "llava-next-7b", 4, "--repeats", "8")),
+    "qwen-b1": Part(35, _model("prefill", "qwen2.5-vl-7b", 1)),
+    "prefill-b4": Part(40, _model("prefill", "llava-1.5-7b", 4)),
+    "generate-b16": Part(40, _model("generate", "llava-1.5-7b", 16, "--no_published")),
     "compress-fp32": Part(40, _compress("float32")),
-    "qwen-b4": Part(35, _prefill("qwen2.5-vl-7b", 4)),
+    "qwen-b4": Part(35, _model("prefill", "qwen2.5-vl-7b", 4)),
 }
 
 
-_APET, _GRAPHED = ("batches", 0, "calls", "apet"), ("batches", 0, "calls", "apet" + prefill.GRAPH)
+_APET, _GRAPHED = ("batches", 0, "calls", "apet"), ("batches", 0, "calls", "apet" + GRAPH)
 _SHARE = ("batches", 0, "components", "apet", "selector_share")
 TARGETS = (
     Target("selectors' share of the compressed prefill, batch 1", "prefill-b1", _SHARE, most=0.03),

@@ -51,12 +51,12 @@ class Shape(NamedTuple):
         return f"{self.batch}x{self.tokens}x{self.dim}:{self.keep}"
 
 
-def block(shape: Shape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Tensor:
+def block(shape: Shape, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(B, N, D) tokens made on the device: a few directions with noise, norms of differing size, as towers give them.
 
     Selection takes the same time on any values; these make its choices free of ties.
     """
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
 
     def noise(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device=device)

@@ -1,7 +1,6 @@
 """Random inputs of realistic shape for methods that ask for more than the tokens (`apet.methods.context`)."""
 
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,7 +44,8 @@ class SyntheticInputs:
     def text_embeddings(self) -> tuple[Tensor, Tensor]:
         """(B, 32, D) and a mask without padding."""
         text = self._once(("text",), lambda: self._noise(_TEXT, self._tokens.shape[2]))
-        return text, self._text_mask
+        mask = self._once(("text mask",), lambda: text.new_ones(text.shape[:2], dtype=torch.bool))
+        return text, mask
 
     def image_embeddings(self) -> Tensor:
         """(B, N, D)."""
@@ -78,10 +78,6 @@ class SyntheticInputs:
     @property
     def _count(self) -> int:
         return self._tokens.shape[1]
-
-    @cached_property
-    def _text_mask(self) -> Tensor:
-        return torch.ones(self._tokens.shape[0], _TEXT, dtype=torch.bool, device=self._tokens.device)
 
     def _once(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
         if key not in self._made:
