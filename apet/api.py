@@ -23,7 +23,6 @@ from apet.patch import active_config, adapter_of, annotate, apply_patch, patched
 from apet.plan import is_empty
 
 TEXT_TOKENS = 64  # of the prompt that predictions speak of
-_GIVEN = ("tokens", "ratio", "target_flops", "speedup")
 _FINE = 10**6  # tokens of an image that is cut finely enough for shares
 
 
@@ -145,9 +144,8 @@ def compress_model(
         TypeError: The model's family is unknown.
         ValueError: Not exactly one number, one that cannot be reached, or a method that the model cannot serve.
     """
-    given = {"tokens": tokens, "ratio": ratio, "target_flops": target_flops, "speedup": speedup}
-    config = config_for(model, method=method, **given)
-    apply_patch(model, config)
+    how = {"tokens": tokens, "ratio": ratio, "target_flops": target_flops, "speedup": speedup, "method": method}
+    apply_patch(model, config_for(model, **how))
     annotate(model, describe(model))
     return model
 

@@ -159,13 +159,7 @@ class ApetConfig:
             object.__setattr__(self, field.name, _plain(getattr(self, field.name)))
         if self.fps_start == "first":
             object.__setattr__(self, "fps_start", 0)
-        for name in (
-            "layer_list",
-            "image_token_list",
-            "image_token_ratio_list",
-            "tower_layer_list",
-            "tower_token_list",
-        ):
+        for name in (field.name for field in dataclasses.fields(self) if field.name.endswith("_list")):
             values = () if getattr(self, name) is None else getattr(self, name)
             if not isinstance(values, tuple):
                 raise ValueError(f"{name}={values!r} must be a list with one entry per stage")
@@ -242,8 +236,7 @@ class ApetConfig:
 
     def _check_tower(self) -> None:
         layers, tokens = self.tower_layer_list, self.tower_token_list
-        if self.tower_mode not in TOWER_MODES:
-            raise ValueError(f"tower_mode={self.tower_mode!r} is unknown; choose {', '.join(TOWER_MODES)}")
+        self._check_choice("tower_mode", TOWER_MODES)
         if not _is_int(self.tower_key_layers) or self.tower_key_layers < 0:
             raise ValueError(f"tower_key_layers={self.tower_key_layers!r} must be an int of at least 0")
         if len(layers) != len(tokens):
@@ -279,20 +272,19 @@ class ApetConfig:
             raise ValueError(
                 f"fps_start={self.fps_start!r} must be 'farthest' or a token index of at least 0 ('first' is 0)"
             )
-        if self.position_mode not in POSITION_MODES:
-            raise ValueError(f"position_mode={self.position_mode!r} is unknown; choose {', '.join(POSITION_MODES)}")
-        if self.budget_per not in BUDGETS_PER:
-            raise ValueError(f"budget_per={self.budget_per!r} is unknown; choose {', '.join(BUDGETS_PER)}")
-        if self.video_budget_per not in VIDEO_BUDGETS_PER:
-            raise ValueError(
-                f"video_budget_per={self.video_budget_per!r} is unknown; choose {', '.join(VIDEO_BUDGETS_PER)}"
-            )
+        self._check_choice("position_mode", POSITION_MODES)
+        self._check_choice("budget_per", BUDGETS_PER)
+        self._check_choice("video_budget_per", VIDEO_BUDGETS_PER)
         if not isinstance(self.size_bias, bool | None):
             raise ValueError(f"size_bias={self.size_bias!r} must be true, false or none")
         if self.budget_per == "prompt":
             self._check_pooled()
         if self.compat not in (None, "published"):
             raise ValueError(f"compat={self.compat!r} is unknown; choose published, or leave it out")
+
+    def _check_choice(self, name: str, allowed: Sequence[str]) -> None:
+        if getattr(self, name) not in allowed:
+            raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose {', '.join(allowed)}")
 
     def _check_pooled(self) -> None:
         """Raise where a budget shared by the prompt is given in parts."""

@@ -220,11 +220,11 @@ class Estimate:
 
     @property
     def flops(self) -> float:
-        """Of all parts."""
+        """FLOPs of all parts."""
         return sum(part.flops for part in self.parts)
 
     def seconds(self, ceilings: Ceilings) -> float:
-        """Predicted time."""
+        """Predicted time on a device with these ceilings."""
         return sum(
             max(part.flops / ceilings.flops, part.weight_bytes / ceilings.bandwidth)
             + part.activation_bytes / ceilings.bandwidth
@@ -304,24 +304,16 @@ def prefill_cost(
     Raises:
         ValueError: Not one number per layer.
     """
-    text, tower, size = dims.text, dims.tower, dtype.itemsize
+    text, size = dims.text, dtype.itemsize
     if len(visual) != text.layers:
         raise ValueError(f"visual holds {len(visual)} numbers for {text.layers} decoder layers; give one per layer")
-    run = tower.needed if early_exit else tower.layers
-    patches = tower.crops * tower.patches
-    embed = 2 * patches * tower.patch_values * tower.width
-    inside = tower_parts(config, tower)[:run]
-    rows = tower.crops * sum(tower.rows if part is None else part.rows for part in inside)
-    moved = rows * (_NORM_PASSES * tower.width + _MLP_PASSES * tower.mlp)
-    weights = run * tower.layer_weights() + tower.patch_values * tower.width
-    flops = batch * (embed + sum(map(tower.layer_flops, inside)))
-    parts = [Part("tower", flops, weights * size, batch * moved * size)]
-
-    mapped = min(visual[0], dims.projector_rows) if dims.before_projector else dims.projector_rows
-    mapped = mapped if projected is None else projected
-    matrices = sum(inputs * outputs for inputs, outputs in dims.projector)
-    written = 3 * mapped * sum(outputs for _, outputs in dims.projector)
-    parts.append(Part("projector", batch * 2 * mapped * matrices, matrices * size, batch * written * size))
+    if projected is None:
+        projected = min(visual[0], dims.projector_rows) if dims.before_projector else dims.projector_rows
+    run = dims.tower.needed if early_exit else dims.tower.layers
+    parts = [
+        _tower(dims.tower, tower_parts(config, dims.tower)[:run], batch, size),
+        _projector(dims.projector, projected, batch, size),
+    ]
     for layer, tokens in enumerate(visual, start=1):
         parts.append(_text_layer(f"layer {layer}", text, text_tokens + tokens, text_tokens + tokens, batch, size))
     parts.append(_head(text, batch, size))
@@ -347,6 +339,21 @@ def decode_cost(
         parts.append(Part(part.name, part.flops, part.weight_bytes + cache, part.activation_bytes))
     parts.append(_head(text, batch, size))
     return Estimate(tuple(parts), _kv_bytes(text, [length + 1 for length in lengths], batch, size))
+
+
+def _tower(tower: TowerDims, inside: Sequence[TowerPart | None], batch: int, size: int) -> Part:
+    """The patches' embedding and the layers that run, whose parts are `inside`."""
+    rows = tower.crops * sum(tower.rows if part is None else part.rows for part in inside)
+    moved = rows * (_NORM_PASSES * tower.width + _MLP_PASSES * tower.mlp)
+    embed = tower.patch_values * tower.width
+    flops = 2 * tower.crops * tower.patches * embed + sum(map(tower.layer_flops, inside))
+    return Part("tower", batch * flops, (len(inside) * tower.layer_weights() + embed) * size, batch * moved * size)
+
+
+def _projector(layers: Sequence[tuple[int, int]], rows: int, batch: int, size: int) -> Part:
+    matrices = sum(inputs * outputs for inputs, outputs in layers)
+    written = 3 * rows * sum(outputs for _, outputs in layers)
+    return Part("projector", batch * 2 * rows * matrices, matrices * size, batch * written * size)
 
 
 def _text_layer(name: str, text: TextDims, queries: int, keys: int, batch: int, size: int) -> Part:

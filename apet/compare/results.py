@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from apet.compare.bootstrap import RESAMPLES, interval, resampled_scores
+from apet.compare.bootstrap import interval, resampled_scores
 from apet.compare.cost import Cost, Key
 from apet.compare.execute import Finished
 from apet.compare.plan import BASELINE, UNCOMPRESSED
@@ -14,16 +14,14 @@ from apet.compare.significance import with_p_values
 from apet.eval.metrics import mean
 
 
-def rows_of(
-    finished: Sequence[Finished], costs: Mapping[Key, Cost] | None = None, resamples: int = RESAMPLES
-) -> dict[str, list[Row]]:
+def rows_of(finished: Sequence[Finished], costs: Mapping[Key, Cost] | None = None) -> dict[str, list[Row]]:
     """Rows by benchmark; with more than one benchmark the average comes first.
 
     Within a benchmark the uncompressed model comes first, then budget by budget, the best method first.
     """
     tables = {}
     for task in dict.fromkeys(one.task.name for one in finished):
-        tables[task] = _benchmark_rows([one for one in finished if one.task.name == task], resamples)
+        tables[task] = _benchmark_rows([one for one in finished if one.task.name == task])
     if len(tables) > 1:
         tables = {AVERAGE: _average_rows(list(tables.values())), **tables}
     return {
@@ -35,12 +33,12 @@ def rows_of(
     }
 
 
-def _benchmark_rows(finished: Sequence[Finished], resamples: int) -> list[Row]:
+def _benchmark_rows(finished: Sequence[Finished]) -> list[Row]:
     task = finished[0].task
     outcomes = [one.task.outcome(one.score["per_sample"], one.answers) for one in finished]
     for one, outcome in zip(finished, outcomes, strict=True):
         assert abs(outcome.score - one.score["value"]) < 0.01, f"{one.answers}: the headline is not what is resampled"
-    values = resampled_scores(task.name, outcomes, resamples)
+    values = resampled_scores(task.name, outcomes)
     groups: dict[Key, list[int]] = {}
     for index, one in enumerate(finished):
         groups.setdefault((one.cell.method, one.cell.tokens), []).append(index)

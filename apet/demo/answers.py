@@ -42,23 +42,18 @@ class Asker:
     Args:
         loaded: The checkpoint; one with a fixed grid of tokens.
 
+    Attributes:
+        grid: (rows, columns) of an image's tokens.
+        tokens: Visual tokens of an image.
+        model_id: Name of the checkpoint.
+
     Raises:
         ValueError: The checkpoint's images have no fixed grid.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
         self._loaded, self._lock = loaded, threading.Lock()
-        self.grid = loaded.grid
-
-    @property
-    def tokens(self) -> int:
-        """Visual tokens of an image."""
-        return self._loaded.image_tokens
-
-    @property
-    def model_id(self) -> str:
-        """Name of the checkpoint."""
-        return self._loaded.model_id
+        self.grid, self.tokens, self.model_id = loaded.grid, loaded.image_tokens, loaded.model_id
 
     def __call__(self, picture: str, text: str, method: str, tokens: int) -> Shown:
         """Ask about an image file; `tokens` is the average over the decoder layers.

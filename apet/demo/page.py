@@ -54,16 +54,14 @@ def build(asker: Asker, examples: Sequence[Sequence[str]]) -> gr.Blocks:
     return page
 
 
-def launch(page: gr.Blocks, port: int | None, block: bool = True) -> str:
-    """Serve the page on this machine only; returns its address once it is there, or when it ends if `block`."""
+def launch(page: gr.Blocks, port: int | None) -> None:
+    """Serve the page on this machine only, until it is interrupted."""
     _, address, _ = page.launch(
         server_name="127.0.0.1", server_port=port, share=False, quiet=True, prevent_thread_lock=True, ssr_mode=False,
         theme=gr.themes.Base(**_FONTS), footer_links=[],
     )  # fmt: skip
     print(f"open {address} in a browser; Ctrl-C ends it")
-    if block:
-        page.block_thread()
-    return address
+    page.block_thread()
 
 
 def _panel(number: int) -> list[Any]:

@@ -53,7 +53,10 @@ def configure(vllm_config: Any) -> None:
         return
     check_family(config, row)
     host.prove(row.family)
-    _check_engine(vllm_config, row)
+    # Engine options that would prune twice, bypass the model or count tokens otherwise.
+    for wrong, sentence in [*_objections(vllm_config), *_objections_to(row, vllm_config)]:
+        if wrong:
+            raise ValueError(f"additional_config[{KEY!r}]: {sentence}")
     setattr(model_config.hf_config, _ATTRIBUTE, config.to_dict())
     model_config.hf_config.architectures = [row.registered]
     model_config._model_info, model_config._architecture = model_config.registry.inspect_model_cls(
@@ -69,13 +72,6 @@ def configure(vllm_config: Any) -> None:
 def settings_of(hf_config: Any) -> ApetConfig:
     """The settings that `configure` left on a checkpoint's config."""
     return ApetConfig.from_dict(getattr(hf_config, _ATTRIBUTE))
-
-
-def _check_engine(vllm_config: Any, row: Served) -> None:
-    """Raise ValueError for engine options that would prune twice, bypass the model or count tokens otherwise."""
-    for wrong, sentence in [*_objections(vllm_config), *_objections_to(row, vllm_config)]:
-        if wrong:
-            raise ValueError(f"additional_config[{KEY!r}]: {sentence}")
 
 
 def _objections(vllm_config: Any) -> list[tuple[bool, str]]:

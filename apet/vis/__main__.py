@@ -75,22 +75,16 @@ def visualise(args: argparse.Namespace, loader: ModuleType) -> None:
 def _config(args: argparse.Namespace, method: str, loaded: LoadedModel) -> ApetConfig:
     """The flags' budgets, or `--tokens` spent the method's way."""
     name, options = parse_method(method)
-    if args.tokens is None:
-        config = replace(config_from_flags(args), method=name, method_options=options)
-    else:
-        given = config_from_flags(args)
-        fields = get_method(name, **options).plan(args.tokens, loaded.image_tokens, loaded.layers)
+    budgets = {}
+    if args.tokens is not None:
         # The budget flags fall back to their defaults; everything else about the method stays.
-        empty = {"visual_token_num": None, "image_token_ratio": None, "layer_list": (), "image_token_list": (),
-                 "image_token_ratio_list": ()}  # fmt: skip
-        config = replace(given, **empty | fields, method=name, method_options=options)
+        budgets = {"visual_token_num": None, "image_token_ratio": None, "layer_list": (), "image_token_list": (),
+                   "image_token_ratio_list": ()}  # fmt: skip
+        budgets |= get_method(name, **options).plan(args.tokens, loaded.image_tokens, loaded.layers)
+    config = replace(config_from_flags(args), **budgets, method=name, method_options=options)
     budget = config.visual_token_num
-    if (
-        not config.layer_list
-        and not config.reduces_tower
-        and config.image_token_ratio is None
-        and (budget or loaded.image_tokens) >= (loaded.image_tokens)
-    ):
+    whole = config.image_token_ratio is None and (budget or loaded.image_tokens) >= loaded.image_tokens
+    if whole and not config.layer_list and not config.reduces_tower:
         raise ValueError(
             f"nothing would be compressed; give --tokens or --visual_token_num below {loaded.image_tokens}"
         )
