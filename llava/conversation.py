@@ -79,6 +79,12 @@ class Conversation:
         """Add a turn; `None` leaves it open for the model."""
         self.messages.append([role, message])
 
+    def ask(self, text: str) -> str:
+        """The prompt with one more turn of the first role, and the second role's left open for the model."""
+        self.append_message(self.roles[0], text)
+        self.append_message(self.roles[1], None)
+        return self.get_prompt()
+
     def get_images(self, return_pil: bool = False) -> list[Any]:
         """The images of the first role's tuple messages: PIL images, or base64 PNG strings."""
         asked = self.messages[self.offset :: 2]

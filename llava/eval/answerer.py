@@ -19,6 +19,7 @@ from llava.eval.generation import LoadedBatch, ModelAnswerer, Upload
 from llava.eval.lengths import crops_of, room_of_prompt
 from llava.eval.tower_features import TowerFeatures
 from llava.mm_utils import process_images, tokenizer_image_token
+from llava.model.processors.base import left_padded
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,7 @@ class LlavaPreparer:
         """
         images = int(question.image is not None or question.image_base64 is not None)
         text = place_images(question.prompt, images, getattr(self.config, "mm_use_im_start_end", False))
-        conversation = new_conversation(self.conv_mode)
-        conversation.append_message(conversation.roles[0], text)
-        conversation.append_message(conversation.roles[1], None)
-        return conversation.get_prompt()
+        return new_conversation(self.conv_mode).ask(text)
 
     def prepare(self, question: Question, images: Sequence[Image]) -> PreparedQuestion:
         """Ids and pixels of a question.
@@ -130,7 +128,7 @@ class LlavaAnswerer(ModelAnswerer):
 
     def upload_inputs(self, prepared: Sequence[PreparedQuestion], upload: Upload) -> dict[str, Any]:
         """Ids with -200 for the image, mask, and pixels, unless these are looked up when the batch is answered."""
-        ids, mask = _left_pad([one.input_ids for one in prepared], self.model.generation_config.pad_token_id)
+        ids, mask = left_padded([one.input_ids for one in prepared], self.model.generation_config.pad_token_id)
         inputs = {"input_ids": upload(ids), "attention_mask": upload(mask), "images": None, "image_sizes": None}
         if self._features is not None and any(one.has_image for one in prepared):
             return inputs
@@ -181,14 +179,3 @@ def place_images(text: str, images: int, start_end: bool) -> str:
         token = DEFAULT_IM_START_TOKEN + token + DEFAULT_IM_END_TOKEN
     pieces = around_images(text, images)
     return token.join(pieces) if len(pieces) > 1 else f"{token}\n" * images + text
-
-
-def _left_pad(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids (B, L) and mask (B, L) of rows padded on the left."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.int64)
-    for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = row
-        mask[index, width - len(row) :] = 1
-    return ids, mask

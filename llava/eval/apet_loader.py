@@ -4,7 +4,7 @@ They find this module by the entry point `apet.loaders` or beside `apet`; it has
 """
 
 import argparse
-import logging
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -43,7 +43,6 @@ def load(args: argparse.Namespace) -> "LoadedLlava | LoadedFamily":
     Raises:
         ValueError: It is no vision-language checkpoint, or one that sees an image as several crops.
     """
-    logging.getLogger("transformers").setLevel(logging.WARNING)
     generation = GenerationSettings(args.temperature, args.top_p, args.num_beams, args.max_new_tokens, args.compile)
     conv_mode = plain_conv_mode(get_model_name_from_path(args.model_path), args.conv_mode)
     new_conversation(conv_mode)
@@ -60,18 +59,25 @@ def load(args: argparse.Namespace) -> "LoadedLlava | LoadedFamily":
     return LoadedLlava(model, preparer, generation, args.model_path)
 
 
-class LoadedLlava:
+class _Loaded:
+    """What both kinds of checkpoint have."""
+
+    def __init__(self, model: nn.Module, preparer: Any, generation: GenerationSettings, model_path: str) -> None:
+        self.model = model
+        self.model_id = get_model_name_from_path(model_path)
+        self.layers = model.config.get_text_config().num_hidden_layers
+        self._preparer, self._generation, self._path = preparer, generation, model_path
+
+
+class LoadedLlava(_Loaded):
     """A LLaVA checkpoint of one crop per image."""
 
     def __init__(
         self, model: nn.Module, preparer: LlavaPreparer, generation: GenerationSettings, model_path: str
     ) -> None:
-        vision = model.config.vision_config
-        side = vision.image_size // vision.patch_size
-        self.model, self.grid, self.image_tokens = model, (side, side), side * side
-        self.model_id = get_model_name_from_path(model_path)
-        self.layers = model.config.text_config.num_hidden_layers
-        self._preparer, self._generation, self._path = preparer, generation, model_path
+        super().__init__(model, preparer, generation, model_path)
+        side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+        self.grid, self.image_tokens = (side, side), side * side
         self._features = TowerFeatures()
 
     def answerer(
@@ -97,19 +103,13 @@ class LoadedLlava:
         return (pixels.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-class LoadedFamily:
-    """A checkpoint of another family.
+class LoadedFamily(_Loaded):
+    """A checkpoint of another family."""
 
-    Where images keep their own size, `image_tokens` is what the smallest has: every image can meet a budget below it.
-    """
-
-    def __init__(
-        self, model: nn.Module, preparer: FamilyPreparer, generation: GenerationSettings, model_path: str
-    ) -> None:
-        self.model, self.image_tokens = model, preparer.processor.fewest_tokens
-        self.model_id = get_model_name_from_path(model_path)
-        self.layers = model.config.get_text_config().num_hidden_layers
-        self._preparer, self._generation, self._path = preparer, generation, model_path
+    @property
+    def image_tokens(self) -> int:
+        """Visual tokens of the smallest image: every image can meet a budget below that."""
+        return self._preparer.processor.fewest_tokens
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -118,7 +118,7 @@ class LoadedFamily:
         Raises:
             ValueError: Always.
         """
-        raise ValueError(f"{self._path} has no fixed grid of tokens; pictures of them are drawn for LLaVA-1.5 only")
+        raise self._no_grid()
 
     def answerer(
         self, config: apet.ApetConfig, *, share_tower: bool = False, new_tokens: int | None = None
@@ -133,5 +133,8 @@ class LoadedFamily:
         return self._preparer.prompt_length(question)
 
     def seen(self, prepared: Inputs) -> np.ndarray:
-        """There is no picture in the shape of a grid, for the reason that `grid` gives."""
-        raise ValueError(f"{self._path} has no fixed grid of tokens; pictures of them are drawn for LLaVA-1.5 only")
+        """There is no picture in the shape of a grid; raises as `grid`."""
+        raise self._no_grid()
+
+    def _no_grid(self) -> ValueError:
+        return ValueError(f"{self._path} has no fixed grid of tokens; pictures of them are drawn for LLaVA-1.5 only")

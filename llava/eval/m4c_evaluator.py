@@ -14,17 +14,9 @@ from apet.eval import metrics
 class EvalAIAnswerProcessor:
     """The EvalAI normal form of an answer; an instance is called on the text."""
 
-    def word_tokenize(self, word: str) -> str:
-        """Lower-case, without commas and question marks, `'s` set apart."""
-        return metrics.vqa_word_tokenize(word)
-
-    def process_punctuation(self, in_text: str) -> str:
-        """Punctuation deleted or blanked out."""
-        return metrics.vqa_process_punctuation(in_text)
-
-    def process_digit_article(self, in_text: str) -> str:
-        """Number words as digits, no articles, contractions repaired."""
-        return metrics.vqa_process_digit_article(in_text)
+    word_tokenize = staticmethod(metrics.vqa_word_tokenize)
+    process_punctuation = staticmethod(metrics.vqa_process_punctuation)
+    process_digit_article = staticmethod(metrics.vqa_process_digit_article)
 
     def __call__(self, item: str) -> str:
         """All steps."""

@@ -96,9 +96,7 @@ def eval_model(args) -> str:
         return given.text
 
     text = insert_images(args.query, len(images), getattr(model.config, "mm_use_im_start_end", False))
-    conversation.append_message(conversation.roles[0], text)
-    conversation.append_message(conversation.roles[1], None)
-    ids = tokenizer_image_token(conversation.get_prompt(), tokenizer, return_tensors="pt").unsqueeze(0)
+    ids = tokenizer_image_token(conversation.ask(text), tokenizer, return_tensors="pt").unsqueeze(0)
     pixels = process_images(images, image_processor, model.config)
     sizes = [image.size for image in images]
     shown = [(size, crops_of(one)) for size, one in zip(sizes, pixels, strict=True)]

@@ -95,22 +95,28 @@ def load_pretrained_model(
         )
     if not is_llava(fields):
         return _load_language_model(model_path, model_base, options)
-    checkpoint = open_checkpoint(model_path, fields, vision_tower)
-    if model_base is None and is_partial(model_path):
+    return _load_llava(open_checkpoint(model_path, fields, vision_tower), model_base, options)
+
+
+def _load_llava(
+    checkpoint: Checkpoint, base: str | None, options: dict[str, Any]
+) -> tuple[Any, LlavaLlamaForCausalLM, CLIPImageProcessorPil, int]:
+    """Tokenizer, model, image processor and context length of a LLaVA checkpoint."""
+    if base is None and is_partial(checkpoint.path):
         raise ValueError(
-            f"{model_path} holds only trained parts (a projector or LoRA adapters); name the language model they "
+            f"{checkpoint.path} holds only trained parts (a projector or LoRA adapters); name the language model they "
             "belong to with --model-base"
         )
-    tokenizer = load_tokenizer(model_base or model_path)
+    tokenizer = load_tokenizer(base or checkpoint.path)
     image_processor = _load_image_processor(checkpoint.vision_tower or checkpoint.path)
-    model = _load_llava(checkpoint, model_base, options)
+    model = _load_weights(checkpoint, base, options)
     model.generation_config = _greedy_defaults(model)
     _add_image_tokens(tokenizer, model)
     model.model.image_processor = image_processor
     return tokenizer, model.eval(), image_processor, getattr(model.config, "max_sequence_length", 2048)
 
 
-def _load_llava(checkpoint: Checkpoint, base: str | None, options: dict[str, Any]) -> LlavaLlamaForCausalLM:
+def _load_weights(checkpoint: Checkpoint, base: str | None, options: dict[str, Any]) -> LlavaLlamaForCausalLM:
     """Weights of the checkpoint, or of the base completed by the checkpoint, and of the vision tower.
 
     Raises:

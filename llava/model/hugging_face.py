@@ -152,10 +152,7 @@ def _refuse(path: str, config: Any) -> None:
 
 def _check_ids(fast: Tokenizer, tokenizer: Any, conv_mode: str, image_id: int) -> None:
     """Raise unless a prompt has the same ids through both tokenizers."""
-    conversation = new_conversation(conv_mode)
-    conversation.append_message(conversation.roles[0], f"{DEFAULT_IMAGE_TOKEN}\nWhat is  the\tcolour of 12 cats?\nOne.")
-    conversation.append_message(conversation.roles[1], None)
-    prompt = conversation.get_prompt()
+    prompt = new_conversation(conv_mode).ask(f"{DEFAULT_IMAGE_TOKEN}\nWhat is  the\tcolour of 12 cats?\nOne.")
     wanted = tokenizer_image_token(prompt, tokenizer, image_id)
     found = fast.encode(tokenizer.bos_token + prompt, add_special_tokens=False).ids
     if found != wanted:

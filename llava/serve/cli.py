@@ -49,9 +49,7 @@ def chat(args: argparse.Namespace) -> None:
             print("exit...")
             return
         first = False
-        conversation.append_message(conversation.roles[0], text)
-        conversation.append_message(conversation.roles[1], None)
-        prompt = conversation.get_prompt()
+        prompt = conversation.ask(text)
         ids = tokenizer_image_token(prompt, tokenizer, return_tensors="pt")
         room_of_prompt(context_of(model.config), model.config, config, ids, [(image.size, crops_of(pixels[0]))])
         print(f"{roles[1]}: ", end="")

@@ -22,7 +22,9 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlavaForConditionalGeneration)
         super().__init__(config)
         self.model.__class__ = LlavaMetaModel
         if getattr(config, "mm_projector_type", _BUILT_IN_PROJECTOR) != _BUILT_IN_PROJECTOR:
-            self.model.multi_modal_projector = build_vision_projector(_projector_sizes(config))
+            sizes = {"mm_hidden_size": config.vision_config.hidden_size, "hidden_size": config.text_config.hidden_size}
+            named = SimpleNamespace(mm_projector_type=config.mm_projector_type, **sizes)
+            self.model.multi_modal_projector = build_vision_projector(named)
         if "unpad" in (getattr(config, "mm_patch_merge_type", None) or ""):
             # What closes every row of an anyres picture; the transformers class of this family has no such weight.
             self.model.image_newline = torch.nn.Parameter(torch.zeros(config.text_config.hidden_size))
@@ -56,12 +58,3 @@ class LlavaLlamaForCausalLM(LlavaMetaForCausalLM, LlavaForConditionalGeneration)
 LlavaLlamaForCausalLM.forward.__signature__ = host.with_arguments(
     LlavaForConditionalGeneration.forward, "visual_items", "visual_encoding"
 )
-
-
-def _projector_sizes(config: LlavaConfig) -> SimpleNamespace:
-    """The names `build_vision_projector` reads, from a transformers config."""
-    return SimpleNamespace(
-        mm_projector_type=config.mm_projector_type,
-        mm_hidden_size=config.vision_config.hidden_size,
-        hidden_size=config.text_config.hidden_size,
-    )

@@ -9,13 +9,13 @@ from typing import Any, ClassVar, Protocol
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 from transformers.utils import cached_file
 
 from apet import ApetConfig
 from apet.adapters.stages import budget_for
 from apet.eval.prompts import around_images
-from llava.conversation import new_conversation
 
 
 class Clip(Protocol):
@@ -78,6 +78,7 @@ class FamilyProcessor:
     """One family. Instances are sent to worker processes, so they must be picklable.
 
     Attributes:
+        image_processor_class: Of the checkpoint's image processor, the implementation on PIL and numpy.
         typed: Whether the model wants `mm_token_type_ids`: 1 at image placeholders, 2 at those of videos.
         sized: Whether pictures keep their own size, between limits.
         templated: Whether prompts come from the checkpoint's chat template.
@@ -89,6 +90,7 @@ class FamilyProcessor:
         files: JSON objects of the checkpoint's processor files, by file name.
     """
 
+    image_processor_class: ClassVar[type]
     typed: ClassVar[bool] = False
     sized: ClassVar[bool] = False
     templated: ClassVar[bool] = True
@@ -110,7 +112,7 @@ class FamilyProcessor:
         files = {name: found for name in names if (found := _read(path, name)) is not None}
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
-            image_processor = cls.load_image_processor(path)
+            image_processor = cls.image_processor_class.from_pretrained(path)
         except OSError as error:
             raise FileNotFoundError(f"{path} lacks files of its tokenizer or image processor: {error}") from error
         if tokenizer.chat_template is None:
@@ -120,11 +122,6 @@ class FamilyProcessor:
         processor = cls(tokenizer, image_processor, config, files)
         processor.limit(limits)
         return processor
-
-    @classmethod
-    def load_image_processor(cls, path: str) -> Any:
-        """The checkpoint's image processor, the implementation on PIL and numpy."""
-        raise NotImplementedError
 
     def limit(self, limits: Limits) -> None:
         """Set the smallest and the largest picture."""
@@ -175,7 +172,7 @@ class FamilyProcessor:
 
     def marker(self, video: bool) -> str:
         """What stands for a picture in a rendered prompt."""
-        return self.tokenizer.convert_ids_to_tokens(self.placeholder_id(video))
+        return self.placeholder(video)
 
     def placeholder_id(self, video: bool) -> int:
         """Id that stands for a visual token."""
@@ -210,14 +207,9 @@ class FamilyProcessor:
 
     def collate(self, rows: Sequence[Inputs]) -> dict[str, Tensor]:
         """Inputs of a batch: `input_ids` and `attention_mask` (B, L), left-padded, and all else joined."""
-        width = max(len(row.input_ids) for row in rows)
-        ids = torch.empty(len(rows), width, dtype=torch.int64)
-        mask = torch.zeros(len(rows), width, dtype=torch.int64)
-        for index, row in enumerate(rows):
-            # The repetition penalty of transformers reads padding too; the prompt's own first id adds nothing to it.
-            ids[index] = row.input_ids[0]
-            ids[index, width - len(row.input_ids) :] = row.input_ids
-            mask[index, width - len(row.input_ids) :] = 1
+        ids, mask = left_padded([row.input_ids for row in rows], 0)
+        # The repetition penalty of transformers reads padding too; the prompt's own first id adds nothing to it.
+        ids = torch.where(mask == 1, ids, torch.stack([row.input_ids[:1] for row in rows]))
         names = dict.fromkeys(name for row in rows for name in row.tensors)
         joined = {name: self.join(name, [row.tensors[name] for row in rows if name in row.tensors]) for name in names}
         if self.typed:
@@ -243,6 +235,13 @@ class FamilyProcessor:
         return torch.tensor(ids, dtype=torch.int64)
 
 
+def left_padded(rows: Sequence[Tensor], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids (B, L) int64 and mask (B, L) int64 of rows of ids, padded on the left."""
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+    ones = [torch.ones_like(row) for row in rows]
+    return ids, pad_sequence(ones, batch_first=True, padding_side="left")
+
+
 def kept_counts(compression: ApetConfig, visual: Sequence[int]) -> list[int]:
     """Tokens that the vision stage leaves of images of one block each."""
     budget = compression.stage_budgets[0]
@@ -251,22 +250,10 @@ def kept_counts(compression: ApetConfig, visual: Sequence[int]) -> list[int]:
     return [budget_for(budget, count, item, len(visual)) for item, count in enumerate(visual)]
 
 
-def conversation_prompt(conv_mode: str, text: str) -> str:
-    """One user turn and an open assistant turn of `llava.conversation`."""
-    conversation = new_conversation(conv_mode)
-    conversation.append_message(conversation.roles[0], text)
-    conversation.append_message(conversation.roles[1], None)
-    return conversation.get_prompt()
-
-
 def _read(path: str, name: str) -> Any:
     """A JSON file of a checkpoint; None where it has none."""
-    file = (
-        str(Path(path) / name)
-        if Path(path).is_dir()
-        else cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-    )
-    if file is None or not Path(file).is_file():
+    file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+    if file is None:
         return None
     try:
         return json.loads(Path(file).read_text(encoding="utf-8"))

@@ -13,10 +13,7 @@ _START, _END, _VIDEO = "<img>", "</img>", "<video>"
 class InternVLProcessor(FamilyProcessor):
     """Prompts by the checkpoint's chat template; videos reach the model as images."""
 
-    @classmethod
-    def load_image_processor(cls, path: str) -> GotOcr2ImageProcessorPil:
-        """The checkpoint's image processor."""
-        return GotOcr2ImageProcessorPil.from_pretrained(path)
+    image_processor_class = GotOcr2ImageProcessorPil
 
     def marker(self, video: bool) -> str:
         """Videos have a marker of their own, which stands for no visual token."""

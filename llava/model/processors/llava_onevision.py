@@ -15,10 +15,7 @@ from llava.model.processors.base import Clip, Encoded, FamilyProcessor, Inputs
 class LlavaOnevisionProcessor(FamilyProcessor):
     """Prompts by the checkpoint's chat template."""
 
-    @classmethod
-    def load_image_processor(cls, path: str) -> LlavaOnevisionImageProcessorPil:
-        """The checkpoint's image processor."""
-        return LlavaOnevisionImageProcessorPil.from_pretrained(path)
+    image_processor_class = LlavaOnevisionImageProcessorPil
 
     @property
     def fewest_tokens(self) -> int:

@@ -23,13 +23,9 @@ _FRAME_TOKENS = (128, 768)
 class QwenVLProcessor(FamilyProcessor):
     """Qwen2-VL. Images are resized twice, as in the published evaluation: when loaded, and by the image processor."""
 
+    image_processor_class = Qwen2VLImageProcessorPil
     typed, sized = True, True
     timed: ClassVar[bool] = False
-
-    @classmethod
-    def load_image_processor(cls, path: str) -> Qwen2VLImageProcessorPil:
-        """The checkpoint's image processor; its class is the same for all Qwen models."""
-        return Qwen2VLImageProcessorPil.from_pretrained(path)
 
     @property
     def factor(self) -> int:

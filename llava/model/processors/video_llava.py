@@ -10,8 +10,9 @@ from apet.adapters.host import pixel_argument
 from apet.config import FAMILY_PRESETS
 from apet.eval.prompts import around_images
 from apet.serving.counts import video_blocks
+from llava.conversation import new_conversation
 from llava.mm_utils import expand2square
-from llava.model.processors.base import Clip, Encoded, FamilyProcessor, conversation_prompt, kept_counts
+from llava.model.processors.base import Clip, Encoded, FamilyProcessor, kept_counts
 
 _PIXELS = pixel_argument(VideoLlavaForConditionalGeneration)
 
@@ -19,20 +20,17 @@ _PIXELS = pixel_argument(VideoLlavaForConditionalGeneration)
 class VideoLlavaProcessor(FamilyProcessor):
     """An image is 256 visual tokens, a frame is a class token and 256 more."""
 
+    image_processor_class = VideoLlavaImageProcessor
     templated = False
-
-    @classmethod
-    def load_image_processor(cls, path: str) -> VideoLlavaImageProcessor:
-        """The checkpoint's image processor, which works on numpy arrays."""
-        return VideoLlavaImageProcessor.from_pretrained(path)
 
     def render(self, text: str, images: int, video: bool, conv_mode: str = "") -> str:
         """The prompt, with its pictures where the question has `<image>`, or in front of it on a line of their own."""
         pieces = around_images(text, 0 if video else images)
+        conversation = new_conversation(conv_mode)
         if len(pieces) > 1:
-            return conversation_prompt(conv_mode, self.marker(video).join(pieces))
+            return conversation.ask(self.marker(video).join(pieces))
         shown = self.marker(video) * (1 if video else images)
-        return conversation_prompt(conv_mode, f"{shown}\n{text}" if shown else text)
+        return conversation.ask(f"{shown}\n{text}" if shown else text)
 
     def decoder_tokens(self, compression: ApetConfig, visual: Sequence[int], frames: int | None) -> int:
         """As declared; class tokens take no budget, and frames with a budget of their own get the basis on top."""
