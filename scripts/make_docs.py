@@ -178,13 +178,7 @@ known that holds the videos in its rows.
 """
 
 
-def data_page() -> str:
-    """data/README.md."""
-    scripted = layout_table([entry for entry in DATA if entry.script])
-    others = layout_table([entry for entry in DATA if not entry.script])
-    columns = ("benchmark", "usual data set", "configuration", "split", "columns")
-    hub = markdown_table(columns, [row for name, source in SOURCES.items() for row in _source_rows(name, source)])
-    return f"""# Data: what goes where
+_DATA = """# Data: what goes where
 
 Written by `python scripts/make_docs.py`; do not edit by hand. Nothing below `data/eval` and `data/model` is in git.
 `data/sample` is: a
@@ -216,14 +210,24 @@ it, or below `--out` or `OUT`.
 Without scripts, but known to the programs (`--benchmark`):
 
 {others}
-{_HUB}
+{about_hub}
 {hub}
 ## Checkpoints: `data/model`
 
-{markdown_table(("folder", "checkpoint on the hub", "what for"), _CHECKPOINTS)}
+{checkpoints}
 Other checkpoints of these families: `apet eval ... --model <folder or hub id>`. A vision tower that is not beside its
 checkpoint is taken from the hub.
 """
+
+
+def data_page() -> str:
+    """data/README.md."""
+    scripted = layout_table([entry for entry in DATA if entry.script])
+    others = layout_table([entry for entry in DATA if not entry.script])
+    columns = ("benchmark", "usual data set", "configuration", "split", "columns")
+    hub = markdown_table(columns, [row for name, source in SOURCES.items() for row in _source_rows(name, source)])
+    checkpoints = markdown_table(("folder", "checkpoint on the hub", "what for"), _CHECKPOINTS)
+    return _DATA.format(scripted=scripted, others=others, about_hub=_HUB, hub=hub, checkpoints=checkpoints)
 
 
 RUNS = ROOT / "data/runs/sample"

@@ -112,14 +112,7 @@ def write_textvqa(folder: Path, rng: np.random.Generator, scale: float = 1.0, sp
         _save(scene, folder / "train_images" / f"{image_id}.jpg")
         for maker in (q.word, q.digit):
             question = maker(scene, rng, True)
-            rows.append(
-                {
-                    "question_id": image_id,
-                    "image": f"{image_id}.jpg",
-                    "text": q.prompt_text(question, ocr=True),
-                    "category": "default",
-                }
-            )
+            rows.append(_row(image_id, f"{image_id}.jpg", question.text + q.OCR_LINE))
             data.append(
                 {
                     "question": question.text,

@@ -17,7 +17,7 @@ from transformers import LlamaTokenizer
 from examples.sample_vlm import questions as q
 from examples.sample_vlm import tokenizer
 from examples.sample_vlm.model import IGNORE
-from examples.sample_vlm.orders import Orders
+from examples.sample_vlm.orders import ordered
 from examples.sample_vlm.scenes import PATCH, Scene, make_scene, maybe_jpeg
 
 PREFIX_TEXT = tokenizer.SYSTEM + " USER: "
@@ -147,11 +147,5 @@ class _Batches(Dataset):
 
 
 def loader(seed: int, workers: int, next_order: Callable[[], Order | None]) -> DataLoader:
-    """Batches as ordered, in order, made by worker processes (0: in this one)."""
-    return DataLoader(
-        _Batches(seed),
-        batch_size=None,
-        sampler=Orders(next_order),
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-    )
+    """Batches as `ordered` makes them."""
+    return ordered(_Batches(seed), workers, next_order)

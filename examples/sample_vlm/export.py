@@ -21,6 +21,10 @@ from examples.sample_vlm.scenes import CANVAS, PATCH
 
 MODEL_NAME = "llava-v1.5-sample"
 TOWER_NAME = "clip-sample-patch14-336"
+_DECODER_FIELDS = (
+    "hidden_size", "initializer_range", "intermediate_size", "max_position_embeddings", "num_attention_heads",
+    "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "vocab_size",
+)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,51 +94,21 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def _model_config(model: SampleVlm, trained: bool) -> dict:
     """config.json with the keys of the published LLaVA-1.5 checkpoints."""
-    text = model.llm.config
-    return {
-        "_name_or_path": MODEL_NAME,
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "freeze_mm_mlp_adapter": False,
-        "freeze_mm_vision_resampler": False,
-        "hidden_act": "silu",
-        "hidden_size": text.hidden_size,
-        "image_aspect_ratio": "pad",
-        "initializer_range": text.initializer_range,
-        "intermediate_size": text.intermediate_size,
-        "max_length": 2048,
-        "max_position_embeddings": text.max_position_embeddings,
-        "mm_hidden_size": model.size.tower_hidden,
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_resampler_type": None,
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": TOWER_NAME,
-        "model_type": "llava",
-        "num_attention_heads": text.num_attention_heads,
-        "num_hidden_layers": text.num_hidden_layers,
-        "num_key_value_heads": text.num_key_value_heads,
-        "pad_token_id": 0,
-        "pretraining_tp": 1,
-        "rms_norm_eps": text.rms_norm_eps,
-        "rope_scaling": None,
-        "rope_theta": 10000.0,
+    text = {name: getattr(model.llm.config, name) for name in _DECODER_FIELDS}
+    fields = text | {
+        "_name_or_path": MODEL_NAME, "architectures": ["LlavaLlamaForCausalLM"], "model_type": "llava",
+        "attention_bias": False, "attention_dropout": 0.0, "hidden_act": "silu", "max_length": 2048,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "pretraining_tp": 1,
+        "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": False, "use_cache": True,
+        "freeze_mm_mlp_adapter": False, "freeze_mm_vision_resampler": False, "tune_mm_mlp_adapter": False,
+        "tune_mm_vision_resampler": False, "unfreeze_mm_vision_tower": False, "image_aspect_ratio": "pad",
+        "mm_hidden_size": model.size.tower_hidden, "mm_projector_type": "mlp2x_gelu", "mm_resampler_type": None,
+        "mm_use_im_patch_token": False, "mm_use_im_start_end": False, "use_mm_proj": True,
+        "mm_vision_select_feature": "patch", "mm_vision_select_layer": -2, "mm_vision_tower": TOWER_NAME,
         "sample_weights": "trained" if trained else "random",
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "transformers_version": "4.31.0",
-        "tune_mm_mlp_adapter": False,
-        "tune_mm_vision_resampler": False,
-        "unfreeze_mm_vision_tower": False,
-        "use_cache": True,
-        "use_mm_proj": True,
-        "vocab_size": text.vocab_size,
-    }
+        "torch_dtype": "float16", "transformers_version": "4.31.0",
+    }  # fmt: skip
+    return dict(sorted(fields.items()))
 
 
 def _tower_config(model: SampleVlm) -> dict:

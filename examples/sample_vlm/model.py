@@ -10,7 +10,7 @@ Three things differ from plain LLaVA inference, none of which changes what the e
   see within minutes instead of hours, are switched off before training ends, and are not exported.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -212,8 +212,3 @@ def text_config(size: ModelSize, vocab_size: int) -> LlamaConfig:
         bos_token_id=1,
         eos_token_id=2,
     )
-
-
-def size_as_dict(size: ModelSize) -> dict[str, int]:
-    """For checkpoints and run logs."""
-    return asdict(size)

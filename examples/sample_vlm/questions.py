@@ -108,9 +108,7 @@ def text_existence(scene: Scene, rng: np.random.Generator, yes: bool) -> Questio
 
 def color(scene: Scene, rng: np.random.Generator, yes: bool) -> Question | None:
     """What color is the circle, the digit, the word?"""
-    shapes = scene.of("shape")
-    things = [t for t in shapes if sum(u.name == t.name for u in shapes) == 1]
-    things += scene.of("digit") + scene.of("word")
+    things = _only_ones(scene) + scene.of("digit") + scene.of("word")
     if not things:
         return None
     thing = _pick(rng, things)
@@ -183,12 +181,11 @@ def count_verify(scene: Scene, rng: np.random.Generator, yes: bool) -> Question 
 
 def color_verify(scene: Scene, rng: np.random.Generator, yes: bool) -> Question | None:
     """Is the circle red?"""
-    shapes = scene.of("shape")
-    things = [t for t in shapes if phrase(t, scene) == t.name]
+    things = _only_ones(scene)
     if not things:
         return None
     thing = _pick(rng, things)
-    others = sorted({t.color for t in shapes} - {thing.color})
+    others = sorted({t.color for t in scene.of("shape")} - {thing.color})
     if not others or rng.random() < 0.4:
         others = [c for c in SHAPE_COLORS if c != thing.color]
     asked = thing.color if yes else _pick(rng, others)
@@ -199,8 +196,7 @@ def color_verify(scene: Scene, rng: np.random.Generator, yes: bool) -> Question 
 
 def color_choose(scene: Scene, rng: np.random.Generator, yes: bool) -> Question | None:
     """Is the circle red or blue?"""
-    shapes = scene.of("shape")
-    things = [t for t in shapes if phrase(t, scene) == t.name]
+    things = _only_ones(scene)
     if not things:
         return None
     thing = _pick(rng, things)
@@ -253,7 +249,7 @@ def region(scene: Scene, rng: np.random.Generator, yes: bool) -> Question | None
     alone = [(q, things[0]) for q, things in quarters.items() if len(things) == 1]
     if not alone:
         return None
-    quarter, thing = alone[int(rng.integers(len(alone)))]
+    quarter, thing = _pick(rng, alone)
     program = (("select", "shape"), ("filter position", quarter), ("query", "name"))
     full = f"{article(thing.name).capitalize()} is in the {quarter}."
     text = f"What shape is in the {quarter} of the image?"
@@ -277,11 +273,11 @@ def logical(scene: Scene, rng: np.random.Generator, yes: bool) -> Question | Non
 
 def compare(scene: Scene, rng: np.random.Generator, yes: bool) -> Question | None:
     """Are the circle and the square the same color?"""
-    shapes = [t for t in scene.of("shape") if phrase(t, scene) == t.name]
+    shapes = _only_ones(scene)
     pairs = [(a, b) for a in shapes for b in shapes if a is not b and (a.color == b.color) == yes]
     if not pairs:
         return None
-    a, b = pairs[int(rng.integers(len(pairs)))]
+    a, b = _pick(rng, pairs)
     program = (("select", a.name), ("select", b.name), ("same color", ""))
     text = f"Are the {a.name} and the {b.name} the same color?"
     full = f"{_yes_no(yes).capitalize()}, the {a.name} is {a.color} and the {b.name} is {b.color}."
@@ -363,6 +359,11 @@ def vocabulary_texts() -> list[str]:
     middles += [" top left", " top right", " bottom left", " bottom right", " yes", " no"]
     fixed = [SUFFIX.strip("\n"), OCR_LINE.strip("\n")]
     return fixed + starts + middles + [f" {n}" for n in nouns + colors]
+
+
+def _only_ones(scene: Scene) -> list[Thing]:
+    """The shapes that no other thing of the scene has."""
+    return [t for t in scene.of("shape") if phrase(t, scene) == t.name]
 
 
 def _pair(scene: Scene, rng: np.random.Generator) -> tuple[tuple[Thing, str], tuple[Thing, str], str] | None:

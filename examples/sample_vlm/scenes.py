@@ -132,7 +132,6 @@ def make_scene(
     split: str,
     side: int = CANVAS,
     want: tuple[str, ...] = (),
-    shapes: int | None = None,
     style: Style = DIM,
 ) -> Scene:
     """A random scene.
@@ -142,7 +141,6 @@ def make_scene(
         split: `train` or `test`: which photographs, digit samples and words may appear.
         side: window side in pixels, a multiple of 14 up to 336.
         want: kinds (`digit`, `word`) that must be present; the others appear by chance.
-        shapes: number of shapes to try to place; None draws it from the window's size.
         style: sizes and brightness.
     """
     origin = tuple(int(v) * PATCH for v in rng.integers(0, (CANVAS - side) // PATCH + 1, size=2))
@@ -154,9 +152,7 @@ def make_scene(
         _place(scene, rng, "word", _random_word(rng, split), split, style)
     if "digit" in want or rng.random() < (0.5 if small else 0.7):
         _place(scene, rng, "digit", str(rng.integers(10)), split, style)
-    if shapes is None:
-        shapes = int(rng.integers(1, 4) if small else rng.integers(2, 6))
-    for name in _shape_names(rng, shapes):
+    for name in _shape_names(rng, int(rng.integers(1, 4) if small else rng.integers(2, 6))):
         _place(scene, rng, "shape", name, split, style)
     scene.pixels = _finish(rng, scene.pixels)
     return scene
@@ -335,19 +331,22 @@ def _shape_stamp(rng: np.random.Generator, name: str, side: int, split: str, sty
 
 
 def _star_outline() -> list[tuple[float, float]]:
-    """A five-pointed star that fills the unit square."""
+    """A five-pointed star."""
     angles = np.pi * (np.arange(10) / 5 - 0.5)
     radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42)
-    points = np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
-    low, high = points.min(axis=0), points.max(axis=0)
-    return [tuple(p) for p in (points - low) / (high - low)]
+    return _in_unit_square(radii * np.cos(angles), radii * np.sin(angles))
 
 
 def _heart_outline() -> list[tuple[float, float]]:
-    """The usual heart curve, scaled to the unit square."""
+    """The usual heart curve."""
     t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
     x = 16 * np.sin(t) ** 3
     y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+    return _in_unit_square(x, y)
+
+
+def _in_unit_square(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
+    """The points of an outline, scaled to fill the unit square."""
     points = np.stack([x, y], axis=1)
     low, high = points.min(axis=0), points.max(axis=0)
     return [tuple(p) for p in (points - low) / (high - low)]

@@ -20,7 +20,7 @@ import contextlib
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from examples.sample_vlm.data import Batch, Order, loader
 from examples.sample_vlm.export import export, new_model
-from examples.sample_vlm.model import SIZES, SampleVlm, size_as_dict
+from examples.sample_vlm.model import SIZES, SampleVlm
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "size": size_as_dict(self.model.size),
+            "size": asdict(self.model.size),
             "step": self.step,
             "spent": self.clock.elapsed(),
             "log": self.log,

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from examples.sample_vlm import questions as q
-from examples.sample_vlm.orders import Orders
+from examples.sample_vlm.orders import ordered
 from examples.sample_vlm.real.chat import Chat
 from examples.sample_vlm.real.wordings import caption_turn, training_turn
 from examples.sample_vlm.scenes import BRIGHT, PATCH, Scene, make_scene, maybe_jpeg
@@ -131,16 +131,9 @@ class _Batches(Dataset):
 
 
 def loader(seed: int, chat_folder, workers: int, next_order: Callable[[], Order | None], pin: bool) -> DataLoader:
-    """(order, batch) as ordered, in order, made by worker processes (0: in this one)."""
-    return DataLoader(
-        _Batches(seed, chat_folder),
-        batch_size=None,
-        sampler=Orders(next_order),
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-        pin_memory=pin,
-        worker_init_fn=_leave_stopping_to_the_trainer,
-    )
+    """(order, batch) as `ordered` makes them."""
+    made, ready = _Batches(seed, chat_folder), _leave_stopping_to_the_trainer
+    return ordered(made, workers, next_order, pin_memory=pin, worker_init_fn=ready)
 
 
 def _leave_stopping_to_the_trainer(worker: int) -> None:

@@ -100,10 +100,9 @@ class RealVlm(nn.Module):
 
     Args:
         base: the frozen parts; their dtype is the one computed in. Trained weights are fp32.
-        rank: of the LoRA matrices.
     """
 
-    def __init__(self, base: Base, rank: int = RANK):
+    def __init__(self, base: Base):
         super().__init__()
         self.tower, self.decoder, self.dtype = base.tower, base.decoder, base.decoder.dtype
         for part in (self.tower, self.decoder):
@@ -114,7 +113,7 @@ class RealVlm(nn.Module):
             for block in (layer.self_attn, layer.mlp):
                 for name, linear in list(block.named_children()):
                     if isinstance(linear, nn.Linear):
-                        setattr(block, name, LoraLinear(linear, rank))
+                        setattr(block, name, LoraLinear(linear, RANK))
         width = self.decoder.config.hidden_size
         self.projector = Projector(self.tower.config.hidden_size, width)
         grid = self.tower.embeddings.interpolate_pos_encoding(
