@@ -62,6 +62,7 @@ LAYERS = (
     ),
     Layer("apet.serving.settings", ("apet.config", "apet.methods", "apet.serving")),
     Layer("apet.tables"),
+    Layer("apet.measure", (), ("torch", "numpy")),
     Layer("apet.plots", ("apet.eval.benchmarks",), ("matplotlib",)),
     Layer("apet.report", ("apet.eval", "apet.plots", "apet.report", "apet.tables")),
     Layer(

@@ -4,8 +4,8 @@ import argparse
 
 import torch
 
-from apet.bench.timing import time_in_turns
 from apet.cost import Ceilings
+from apet.measure import time_in_turns
 
 _SIDE = {"cuda": 8192, "cpu": 1536}
 _READ_BYTES = {"cuda": 2**31, "cpu": 2**28}

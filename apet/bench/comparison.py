@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from apet.bench.shapes import AS_PUBLISHED
-from apet.bench.timing import Timing, ratio
 from apet.bench.variants import NONE, RANDOM
+from apet.measure import Timing, ratio
 
 COLUMNS = ("ms, median (p10..p90)", "samples/s", "speed-up", "of random's", "over published")
 

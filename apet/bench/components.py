@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from apet.adapters import adapter_for
-from apet.bench.timing import synchronize
+from apet.measure import synchronize
 from apet.methods.base import Selector
 
 TOWER, PROJECTOR, HEAD, TOTAL, REST = "tower", "projector", "head", "total", "rest"

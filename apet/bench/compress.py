@@ -24,8 +24,8 @@ from apet.bench.device import (
 from apet.bench.memory import peak_bytes
 from apet.bench.output import table
 from apet.bench.shapes import AS_PUBLISHED, Shape, block, compressor, parse_methods
-from apet.bench.timing import Timing, fit_growth, ratio, time_in_turns
 from apet.bench.variants import parse_counts
+from apet.measure import Timing, fit_growth, ratio, time_in_turns
 from apet.methods import get_method
 
 _READ, _PRODUCT, _GRAPH = "read of the tokens", "similarity product", "apet, CUDA graph"

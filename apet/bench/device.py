@@ -170,13 +170,3 @@ def context_lost(device: torch.device) -> bool:
     except RuntimeError:
         return True
     return False
-
-
-def cuda_peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
-    """Bytes allocated at the worst moment of a call beyond what was allocated before it."""
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before

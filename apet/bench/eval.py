@@ -12,7 +12,6 @@ import torch
 
 from apet.bench.comparison import percent, timings_as_json
 from apet.bench.output import table
-from apet.bench.timing import Timing, ratio, time_in_turns
 from apet.bench.variants import NONE, RANDOM
 from apet.compare.plan import UNCOMPRESSED, Cell, parse_budgets, parse_methods, plan_cells
 from apet.compare.tasks import open_task
@@ -21,6 +20,7 @@ from apet.eval.cli import add_batch_flags
 from apet.eval.loader import LoadedModel, add_loader_flag, find_loader
 from apet.eval.run_options import RunOptions
 from apet.eval.runner import run as answer_questions
+from apet.measure import Timing, ratio, time_in_turns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,8 @@ from apet.bench.device import add_device_flags, chosen_device, described
 from apet.bench.output import table
 from apet.bench.prefill import add_model_flags
 from apet.bench.presets import Preset
-from apet.bench.timing import time_in_turns
 from apet.bench.variants import NONE, RANDOM, Variant, built, make_variants, parse_counts, runnable
+from apet.measure import time_in_turns
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

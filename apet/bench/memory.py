@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from apet.bench.device import cuda_peak_bytes
 from apet.bench.shapes import Shape, block, compressor
+from apet.measure import cuda_peak_bytes
 
 _ROOT = Path(__file__).resolve().parents[2]
 

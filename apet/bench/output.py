@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from apet.bench.timing import number
+from apet.measure import number
 from apet.tables import markdown_table
 
 

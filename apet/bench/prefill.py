@@ -30,9 +30,9 @@ from apet.bench.device import (
 from apet.bench.output import table
 from apet.bench.presets import PRESETS, Preset
 from apet.bench.shapes import AS_PUBLISHED
-from apet.bench.timing import FEWEST, Timing, time_in_turns
 from apet.bench.variants import NONE, RANDOM, Variant, built, make_variants, parse_counts, runnable
 from apet.cost import Ceilings, prefill_cost
+from apet.measure import FEWEST, Timing, time_in_turns
 
 # Behind the name of a variant that runs as one captured graph.
 GRAPH = ", CUDA graph"

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from apet.bench.device import cuda_peak_bytes
-from apet.bench.timing import Timing, ratio, time_in_turns
 from apet.compare.execute import Finished
 from apet.compare.plan import BASELINE, UNCOMPRESSED, Cell
 from apet.compare.tasks import Task
@@ -25,6 +23,7 @@ from apet.eval.benchmarks.files import read_json, write_json_atomic
 from apet.eval.images import Pictures
 from apet.eval.loader import LoadedModel
 from apet.eval.run_record import machine
+from apet.measure import Timing, cuda_peak_bytes, ratio, time_in_turns
 
 logger = logging.getLogger(__name__)
 

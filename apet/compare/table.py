@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from apet.bench.timing import Timing
 from apet.compare.bootstrap import RESAMPLES
 from apet.compare.cost import ANSWER_TOKENS, ROUNDS, Cost
 from apet.compare.difficulty import SplitRow
@@ -13,6 +12,7 @@ from apet.compare.plan import UNCOMPRESSED, Skip
 from apet.compare.published import PUBLISHED, Agreement, agreement
 from apet.compare.rows import AVERAGE, Interval, Row
 from apet.eval.benchmarks.files import write_csv_atomic
+from apet.measure import Timing
 from apet.tables import markdown_table, number
 
 _INTERVAL = "95 % (by picture)"

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
+from apet import measure
 from apet.bench import __main__ as program
-from apet.bench import compress, timing
+from apet.bench import compress
 from apet.bench.memory import peak_bytes
 from apet.bench.output import markdown, table
 from apet.bench.shapes import AS_PUBLISHED, Shape, parse_methods
@@ -84,28 +85,28 @@ def test_every_command_has_what_it_must_have(command):
 
 
 def test_calls_take_turns(monkeypatch):
-    monkeypatch.setattr(timing, "_SHORTEST_MS", 0.0)
+    monkeypatch.setattr(measure, "_SHORTEST_MS", 0.0)
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = timing.time_in_turns(calls, CPU, repeats=3, warmup=1)
+    times = measure.time_in_turns(calls, CPU, repeats=3, warmup=1)
     assert order == list("abbaabba")
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
 
 
 def test_a_limit_of_time_leaves_three_rounds():
     calls = {"one": lambda: None, "two": lambda: None}
-    assert [len(spent) for spent in timing.time_in_turns(calls, "cpu", repeats=5, seconds=0).values()] == [3, 3]
-    assert [len(spent) for spent in timing.time_in_turns(calls, "cpu", repeats=5, seconds=60).values()] == [5, 5]
+    assert [len(spent) for spent in measure.time_in_turns(calls, "cpu", repeats=5, seconds=0).values()] == [3, 3]
+    assert [len(spent) for spent in measure.time_in_turns(calls, "cpu", repeats=5, seconds=60).values()] == [5, 5]
 
 
 def test_ratio_is_taken_round_by_round():
-    assert timing.ratio([10, 20, 30], [5, 10, 15]) == (2, 2, 2, 2, 2, 3)
+    assert measure.ratio([10, 20, 30], [5, 10, 15]) == (2, 2, 2, 2, 2, 3)
 
 
 def test_fit_recovers_the_exponent():
     sizes = [1000, 2000, 4000, 8000]
-    assert timing.fit_growth(sizes, [3 * size for size in sizes]) == pytest.approx((1, 1))
-    assert timing.fit_growth(sizes, [size**2 for size in sizes]).exponent == pytest.approx(2)
+    assert measure.fit_growth(sizes, [3 * size for size in sizes]) == pytest.approx((1, 1))
+    assert measure.fit_growth(sizes, [size**2 for size in sizes]).exponent == pytest.approx(2)
 
 
 def test_floor_reads_all_and_multiplies_donors_with_receivers():

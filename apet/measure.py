@@ -1,4 +1,4 @@
-"""Time calls side by side: in turns, so that a drift of the machine hits all of them, with spread."""
+"""Time calls side by side, in turns so that a drift of the machine hits all of them, and their peak memory."""
 
 import math
 import time
@@ -137,3 +137,13 @@ def fit_growth(sizes: Sequence[int], times: Sequence[float]) -> Fit:
     exponent = np.polyfit(np.log(x), np.log(y), 1)[0]
     residual = y - np.polyval(np.polyfit(x, y, 1), x)
     return Fit(float(exponent), float(1 - residual.var() / y.var()))
+
+
+def cuda_peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """Bytes allocated at the worst moment of a call beyond what was allocated before it."""
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
