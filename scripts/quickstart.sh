@@ -17,7 +17,7 @@ echo "== GQA without compression"
 EXPERIMENT=none TOKENS=none bash scripts/llava1_5/gqa.sh
 echo
 echo "== GQA with ApET, $BUDGET visual tokens"
-EXPERIMENT=apet-$BUDGET TOKENS=$BUDGET LAYER_LIST='[6]' bash scripts/llava1_5/gqa.sh
+EXPERIMENT=apet-$BUDGET TOKENS=$BUDGET bash scripts/llava1_5/gqa.sh
 echo
 echo "== Both runs"
 "$PYTHON" -m apet report $OUT

@@ -6,6 +6,7 @@ same command is started again.
 """
 
 import argparse
+import json
 import os
 import shlex
 import subprocess
@@ -33,6 +34,7 @@ _TAKEN = {
 _USUAL = "usual"  # instead of the id of a data set
 _EXAMPLES = """examples:
   apet eval llava1_5 pope --tokens 64
+  apet eval llava1_5 pope --tokens 64 --model data/sample/model/llava-v1.5-sample --data data/sample/eval   the sample
   apet eval llava1_5 gqa --tokens none --batch_size 8          the uncompressed model; --batch_size is the program's
   CUDA_VISIBLE_DEVICES=0,1 apet eval llava1_6 mme --limit 20   a process per GPU; a part is answered and not scored
   VISUAL_TOKEN_NUM=100 LAYER_LIST='[8,16]' IMAGE_TOKEN_LIST='[50,20]' apet eval llava1_5 textvqa
@@ -120,8 +122,8 @@ def plan(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
     family = FAMILIES[args.family]
     names = _checked(args, arguments)
     tokens = args.tokens or family.other_tokens.get(args.benchmark, family.tokens)
-    compression, budget_name = _budget(family, tokens, args)
     model = args.model or family.model
+    compression, budget_name = _budget(family, tokens, args, _layer(family, Path(model) / "config.json"))
     ocr = args.ocr or family.ocr
     variants = [budget_name, args.compat, f"ocr{ocr}" if args.benchmark == "textvqa" and ocr != family.ocr else ""]
     experiment = args.experiment or "-".join(filter(None, [Path(model).name, *variants]))
@@ -166,8 +168,26 @@ def _checked(args: argparse.Namespace, arguments: Sequence[str]) -> set[str]:
     return {name.replace("_", "-") for name in given}
 
 
-def _budget(family: Family, tokens: str, args: argparse.Namespace) -> tuple[list[str], str]:
+def _layer(family: Family, config: Path) -> int:
+    """The published decoder layer, or the middle one of a checkpoint that is too shallow for it.
+
+    Raises:
+        ValueError: The checkpoint's `config` is not JSON.
+    """
+    if not config.is_file():
+        return family.layer
+    try:
+        stored = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config} is not JSON ({error}); fetch the checkpoint anew") from error
+    depth = stored.get("num_hidden_layers") or stored.get("text_config", {}).get("num_hidden_layers")
+    return depth // 2 if depth and depth <= family.layer else family.layer
+
+
+def _budget(family: Family, tokens: str, args: argparse.Namespace, layer: int) -> tuple[list[str], str]:
     """Compression flags of a budget, unless the environment gives others, and what sets them apart in a name.
+
+    `layer` is where its decoder stage stands.
 
     Raises:
         ValueError: No published budget of the family.
@@ -187,7 +207,7 @@ def _budget(family: Family, tokens: str, args: argparse.Namespace) -> tuple[list
                 f"TOKENS={tokens} is not a published budget; choose {', '.join(published)}, or none, or set {flags}"
             )
         vision, llm = vision or published[tokens][0], llm or f"[{published[tokens][1]}]"
-        layers = "[]" if llm == "[]" else layers or f"[{family.layer}]"
+        layers = "[]" if llm == "[]" else layers or f"[{layer}]"
         name = f"{args.method}-{tokens}" if args.tokens or args.method != "apet" else ""
         if changed:
             values = "".join(one for one in f"v{vision}-l{layers}-t{llm}-b{basis}" if one not in "[] ")
@@ -219,7 +239,8 @@ def check_inputs(run: Run, model: str) -> None:
         if not path.expanduser().exists():
             raise ValueError(
                 f"{what} not found: {path} (data/README.md says where it comes from, apet check-data what else is "
-                "missing; DATA and MODEL change the folders)"
+                "missing; DATA and MODEL change the folders; a checkout has a sample: --model "
+                "data/sample/model/llava-v1.5-sample --data data/sample/eval)"
             )
 
 

@@ -382,6 +382,20 @@ def test_chunks_and_their_gpus(gpus, chunks, expected):
     assert len({flag(command, "--answers-file") for command in steps}) == len(expected)
 
 
+@pytest.mark.parametrize(("depth", "layer"), [(12, "[6]"), (16, "[8]"), (17, "[16]"), (40, "[16]")])
+def test_a_shallow_checkpoint_is_cut_behind_its_middle_layer(tmp_path, depth, layer):
+    stored = {"num_hidden_layers": depth} if depth % 2 else {"text_config": {"num_hidden_layers": depth}}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    answering = next(command for command in commands("llava1_5/pope", MODEL=str(tmp_path)) if "--layer_list" in command)
+    assert flag(answering, "--layer_list") == layer
+
+
+def test_a_broken_config_is_named(data, tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    outcome = run_script("llava1_5/textvqa", data, MODEL=str(tmp_path))
+    assert outcome.status == 1 and outcome.err.startswith(f"error: {tmp_path}/config.json is not JSON")
+
+
 @pytest.mark.parametrize(
     ("arguments", "settings", "words"),
     [
