@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 from apet.core import constants
 
 DEVICE = torch.device("meta")
-ROOT = Path(__file__).parents[1]
+_ROOT = f"{Path(__file__).parents[1]}/"
 _aten = torch.ops.aten
 # Operations whose result, or its shape, only the device knows.
 _READS = {
@@ -83,7 +83,7 @@ def note(name: str) -> None:
     if not _current or _current[-1].paused:
         return
     frames = [
-        f"{frame.filename.split('site-packages/')[-1].split('/wt_fast/')[-1]}:{frame.lineno} {frame.name}"
+        f"{frame.filename.split('site-packages/')[-1].removeprefix(_ROOT)}:{frame.lineno} {frame.name}"
         for frame in traceback.extract_stack()
         if "/transformers/" in frame.filename or "/apet/" in frame.filename or "/llava/" in frame.filename
     ]
