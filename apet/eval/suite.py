@@ -6,7 +6,6 @@ same command is started again.
 """
 
 import argparse
-import json
 import os
 import shlex
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from apet.config import ApetConfig
+from apet.eval.benchmarks.files import read_json, user_path
 from apet.eval.chunks import Chunk, make_chunks, run_chunks, unfinished_count
 from apet.eval.hub import write_benchmark
 from apet.eval.recipes import FAMILIES, Family, Place, Recipe, Step, recipe
@@ -123,7 +123,7 @@ def plan(args: argparse.Namespace, arguments: Sequence[str]) -> Run:
     names = _checked(args, arguments)
     tokens = args.tokens or family.other_tokens.get(args.benchmark, family.tokens)
     model = args.model or family.model
-    compression, budget_name = _budget(family, tokens, args, _layer(family, Path(model) / "config.json"))
+    compression, budget_name = _budget(family, tokens, args, _layer(family, user_path(model) / "config.json"))
     ocr = args.ocr or family.ocr
     variants = [budget_name, args.compat, f"ocr{ocr}" if args.benchmark == "textvqa" and ocr != family.ocr else ""]
     experiment = args.experiment or "-".join(filter(None, [Path(model).name, *variants]))
@@ -176,10 +176,7 @@ def _layer(family: Family, config: Path) -> int:
     """
     if not config.is_file():
         return family.layer
-    try:
-        stored = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config} is not JSON ({error}); fetch the checkpoint anew") from error
+    stored = read_json(config)
     depth = stored.get("num_hidden_layers") or stored.get("text_config", {}).get("num_hidden_layers")
     return depth // 2 if depth and depth <= family.layer else family.layer
 

@@ -202,7 +202,7 @@ class LlavaMetaForCausalLM:
         return Prompt(
             self._rows(input_ids, features, source),
             attended.to(torch.bool if attention_mask is None else attention_mask.dtype, copy=True),
-            None if labels is None else _take(labels.flatten(), np.where(source < ids.size, source, -1), IGNORE_INDEX),
+            None if labels is None else _spliced_labels(labels, source),
             torch.from_numpy(items),
             encoding,
         )
@@ -210,11 +210,11 @@ class LlavaMetaForCausalLM:
     def _rows(self, input_ids: Tensor, features: Sequence[Tensor], source: np.ndarray) -> Tensor:
         """Embeddings (B, L, D) of what `source` (B, L) names, as `arrange` does."""
         is_text = (source >= 0) & (source < input_ids.numel())
-        text = self.get_model().embed_tokens(_take(input_ids.flatten(), source[is_text], 0))
-        table = [text, *(one.to(device=text.device, dtype=text.dtype) for one in features)]
+        text = self.get_model().embed_tokens(_take([input_ids.flatten()], source[is_text]))
         row = np.where(source < 0, -1, source - input_ids.numel() + len(text))
         row[is_text] = np.arange(len(text))
-        return _take(torch.cat(table), row, 0)
+        shown = (one.to(device=text.device, dtype=text.dtype) for one in features)
+        return _take([text, *shown, text.new_zeros(1, text.shape[1])], row)
 
     def _image_features(
         self, images: Tensor | Sequence[Tensor] | TowerOutput, image_sizes: Sequence[Sequence[int]] | None
@@ -332,8 +332,14 @@ def _crop_stacks(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return stacks
 
 
-def _take(values: Tensor, index: np.ndarray, missing: float) -> Tensor:
-    """`values` (n, ...) at `index` of any shape, and `missing` where it is -1."""
-    padded = torch.cat([values, values.new_full((1, *values.shape[1:]), missing)])
-    flat = to_device(np.where(index < 0, len(values), index).ravel(), values.device)
-    return padded.index_select(0, flat).view(*index.shape, *values.shape[1:])
+def _spliced_labels(labels: Tensor, source: np.ndarray) -> Tensor:
+    """Labels (B, L) of a spliced batch: those of its text, the ignored one for images and padding."""
+    ignored = labels.new_full((1,), IGNORE_INDEX)
+    return _take([labels.flatten(), ignored], np.where(source < labels.numel(), source, -1))
+
+
+def _take(parts: Sequence[Tensor], index: np.ndarray) -> Tensor:
+    """Rows of the parts (n_i, ...) one after the other, at `index` of any shape; -1 is the last row."""
+    table = torch.cat(list(parts))
+    flat = to_device(np.where(index < 0, len(table) - 1, index).ravel(), table.device)
+    return table.index_select(0, flat).view(*index.shape, *table.shape[1:])
