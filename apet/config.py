@@ -105,8 +105,8 @@ class ApetConfig:
         method_options: Hyper-parameters of the method that differ from the published ones, by name.
         basis_selection: How basis tokens are chosen: "fps", "dpc" or "random".
         fps_start: First basis token: "farthest" (from the mean), "first", or an index.
-        position_mode: "compact" renumbers the surviving tokens, "keep" leaves them their original positions, "auto" is
-            what the model's family was published with.
+        position_mode: "compact" renumbers the surviving tokens, "keep" leaves them their original positions. "auto": as
+            the method was made, where the host can; else what the model's family was published with.
         budget_per: What a budget is for: "crop", "image" or "prompt". "crop" is the published meaning for anyres
             images. "image": the vision budget is the image's and is split over its crops by error mass; the same for
             images of one crop. "prompt": all images and videos of a prompt share the budgets of every stage, as in the

@@ -10,7 +10,7 @@ from apet.adapters.tower import TowerTap, upper_half
 from apet.adapters.tower_stage import TowerStage
 from apet.adapters.vision import VisionStage
 from apet.config import ApetConfig, StagePreset, check_not_growing
-from apet.methods import get_method, selector
+from apet.methods import get_method, keeps_positions, selector
 from apet.methods.base import Selector
 from apet.methods.context import StageContext, missing_input
 
@@ -73,8 +73,8 @@ def plan(adapter: Adapter, config: ApetConfig) -> Plan:
         stages.insert(0, _embedded_stage(adapter, config, select or _apet(adapter, config, "vision")))
     elif config.stage_budgets[0] is not None or drops:
         stages.insert(0, Stage("vision", 0, config.stage_budgets[0], None))
-    positions = adapter.preset.position_mode if config.position_mode == "auto" else config.position_mode
-    return Plan(vision, stages, taps, size_bias, positions == "keep", _per_frame(adapter, config), tower)
+    keep = keeps_positions(config, adapter.preset.position_mode)
+    return Plan(vision, stages, taps, size_bias, keep, _per_frame(adapter, config), tower)
 
 
 def _tower_stage(adapter: Adapter, config: ApetConfig, select: Selector | None) -> TowerStage | None:

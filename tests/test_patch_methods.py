@@ -154,6 +154,23 @@ def test_a_method_can_wish_for_the_size_bias(llava_sdpa, stage):
     assert torch.equal(logits[3], logits[1]) and torch.equal(logits[4], logits[0])
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_method_can_wish_for_positions(llava_sdpa, stage):
+    """As an option it is what it is as a field, which goes before it; "auto" leaves it to the family."""
+    inputs, logits = batch(MIXED_ROWS), {}
+    keep, compact, auto = ({"position_mode": mode} for mode in ("keep", "compact", "auto"))
+    cases = {
+        "keep": ({}, keep), "compact": ({}, compact), "default": ({}, {}), "auto": (auto, {}),
+        "option": (compact, {}), "both": (compact, keep),
+    }  # fmt: skip
+    for name, (options, fields) in cases.items():
+        with apet.patched(llava_sdpa, config_of("apet_plus", options, STAGES[stage] | fields)):
+            logits[name] = llava_sdpa(**inputs).logits
+    assert not torch.allclose(logits["keep"], logits["compact"], atol=1e-3)
+    for name, like in {"default": "keep", "auto": "compact", "option": "compact", "both": "keep"}.items():
+        assert torch.equal(logits[name], logits[like]), name
+
+
 def test_the_text_tower_is_refused_by_name(llava_sdpa):
     with pytest.raises(ValueError, match="method 'cdpruner' needs clip_relevance .* CLIP's text tower is no part"):
         apet.apply_patch(llava_sdpa, ApetConfig(method="cdpruner", visual_token_num=9))

@@ -69,7 +69,7 @@ def _too_long(text: int, visual: int, limit: str) -> PromptError:
     pictures = f" ({text:,} of text, {visual:,} of pictures)" if visual else ""
     return PromptError(
         f"the prompt has {text + visual:,} tokens{pictures}, but {limit}; shorten the text"
-        + (" or keep fewer visual tokens" if visual else "")
+        + (" or keep fewer visual tokens, numbered anew (--apet position_mode=compact)" if visual else "")
     )
 
 

@@ -12,6 +12,7 @@ like ApET. Each part can be switched off:
 - `merge`, `similarity_floor`, `size_weighted`: every dropped token joins its most similar kept token, of which all
   are targets, unless it resembles none; rows are means weighted by the image tokens behind each.
 - `size_bias`: the logarithm of a row's size on its attention logits.
+- `position_mode`: kept tokens stand where they stood among all tokens.
 - `error_target`: fewer tokens where an image needs fewer. The result keeps its shape: rows beyond an image's count
   are zero with index -1 and stand last.
 - `text`: weight on the question's relevance, off by default.
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apet.config import POSITION_MODES
 from apet.core.rows import gather_rows
 from apet.core.types import CompressedTokens
 from apet.methods._budget import vision_and_middle
@@ -61,6 +63,8 @@ class ApetPlus(Method):
         size_weighted: Weight means with the sizes left by earlier stages.
         size_bias: Let rows count for as many tokens as they stand for in the decoder, where the host's attention can:
             in transformers, not in vLLM. `ApetConfig.size_bias` goes before it.
+        position_mode: Where kept tokens stand in the decoder, where the host can: "keep", "compact", or "auto" for what
+            the model's family was published with. `ApetConfig.position_mode` goes before it.
         error_target: Share of the energy that may remain unexplained; None spends the whole budget.
         min_keep: Fewest tokens with `error_target`.
         text: Exponent of the relevance to the text; 0 is off and needs no text.
@@ -86,6 +90,7 @@ class ApetPlus(Method):
     similarity_floor: float | None = 0.5
     size_weighted: bool = True
     size_bias: bool = True
+    position_mode: str = "keep"
     error_target: float | None = None
     min_keep: int = 1
     text: float = 0.0
@@ -94,6 +99,7 @@ class ApetPlus(Method):
         check_choice(self, "normalise", ("raw", "unit", "centre", "centre_unit"))
         check_choice(self, "sinks", ("keep", "clip", "merge"))
         check_choice(self, "start", ("norm", "farthest"))
+        check_choice(self, "position_mode", POSITION_MODES)
         check_range(self, ("quota", "sink_share"), 0, 1)
         check_range(self, ("basis", "outlier", "rounds", "ridge", "text"), 0)
         check_range(self, ("windows", "min_keep"), 1)

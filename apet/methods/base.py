@@ -37,6 +37,8 @@ class Method:
         reads_sizes: Whether it weighs rows with the tokens that earlier stages folded into them.
         size_bias: Whether its rows count for as many tokens as they stand for where `ApetConfig.size_bias` does not say
             and the host's attention can take it.
+        position_mode: Where its tokens stand where `ApetConfig.position_mode` does not say and the host can: "compact",
+            "keep", or "auto" for what the model's family was published with.
     """
 
     name: ClassVar[str]
@@ -47,6 +49,7 @@ class Method:
     features: ClassVar[str] = "pre_projector"
     reads_sizes: ClassVar[bool] = False
     size_bias: ClassVar[bool] = False
+    position_mode: ClassVar[str] = "auto"
 
     needs_cls_attention: ClassVar[tuple[int, ...]] = ()
     needs_vision_keys: ClassVar[tuple[int, ...]] = ()
@@ -142,6 +145,17 @@ def _typed(method: str, option: str, value: Any, hint: Any) -> Any:
         return 0 if number else float(value)
     names = " or ".join("none" if kind is type(None) else kind.__name__ for kind in allowed)
     raise ValueError(f"option {option}={value!r} of method {method!r} must be {names}")
+
+
+def keeps_positions(config: ApetConfig, family: str) -> bool:
+    """Whether surviving tokens keep their positions: as the configuration says, else its method, else the family.
+
+    Args:
+        config: The configuration.
+        family: What the model's family was published with, "compact" or "keep".
+    """
+    method = get_method(config.method, **config.method_options)
+    return next(mode for mode in (config.position_mode, method.position_mode, family) if mode != "auto") == "keep"
 
 
 def unknown_name(kind: str, name: str, known: list[str]) -> str:

@@ -117,9 +117,10 @@ def check_family(config: ApetConfig, row: Served) -> None:
                 f"method {config.method!r} with {config.method_options} gives images fewer tokens than their budget, "
                 "but vLLM must know the number before it encodes an image; leave out what makes the method adaptive"
             )
-        if config.position_mode not in ("auto", row.position_mode):
+        asked = config.position_mode, config.method_options.get("position_mode", "auto")
+        if wrong := set(asked) - {"auto", row.position_mode}:
             raise ValueError(
-                f"position_mode={config.position_mode!r} is not possible for {row.family} in vLLM, which knows "
+                f"position_mode={wrong.pop()!r} is not possible for {row.family} in vLLM, which knows "
                 f"{row.position_mode!r}: leave it out"
             )
         if not row.videos and (config.video_token_num is not None or config.video_budget_per != "auto"):

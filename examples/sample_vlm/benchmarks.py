@@ -3,14 +3,15 @@
     python -m examples.sample_vlm.benchmarks --out data/sample/eval
 
 Every benchmark draws its own pictures, from the `test` split unless told otherwise. The files are a function of the
-seed and the split alone.
+seed, the split and the style alone.
 """
 
 import argparse
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from examples.sample_vlm import questions as q
-from examples.sample_vlm.scenes import Scene, make_scene
+from examples.sample_vlm.scenes import DIM, LARGE, Scene, Style, make_scene
 
 SEED = 2024
 GQA_IMAGES, GQA_PER_IMAGE = 220, 5
@@ -33,6 +34,24 @@ MME_MAKERS = {
     "position": q.relation,
     "OCR": q.word_verify,
 }
+STYLES = {"dim": DIM, "large": LARGE}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What pictures are made of: the photographs, digits and words of a split, in a style."""
+
+    split: str = "test"
+    style: Style = DIM
+
+    def draw(
+        self, rng: np.random.Generator, want: tuple[str, ...] = (), good: Callable[[Scene], object] | None = None
+    ) -> Scene:
+        """The next scene, or the next that is `good`."""
+        while True:
+            scene = make_scene(rng, self.split, want=want, style=self.style)
+            if good is None or good(scene):
+                return scene
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,17 +66,19 @@ def main(argv: list[str] | None = None) -> None:
         default="test",
         help="train: pictures to choose settings on, so that the test pictures stay unseen",
     )
+    parser.add_argument("--style", choices=STYLES, default="dim", help="large: things of five to seven patches")
     args = parser.parse_args(argv)
+    pictures = Pictures(args.split, STYLES[args.style])
     for number, (name, write) in enumerate(tqdm(WRITERS.items(), desc="benchmarks")):
         folder = args.out / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        write(folder, np.random.default_rng([args.seed, number]), args.scale, args.split)
+        write(folder, np.random.default_rng([args.seed, number]), args.scale, pictures)
 
 
-def write_gqa(folder: Path, rng: np.random.Generator, scale: float = 1.0, split: str = "test") -> None:
+def write_gqa(folder: Path, rng: np.random.Generator, scale: float = 1.0, pictures: Pictures = Pictures()) -> None:
     """`llava_gqa_testdev_balanced.jsonl`, `testdev_balanced_questions.json` and `images/`."""
-    scenes = (make_scene(rng, split) for _ in range(_count(GQA_IMAGES, scale)))
+    scenes = (pictures.draw(rng) for _ in range(_count(GQA_IMAGES, scale)))
     write_gqa_of(folder, ((scene, _varied(scene, rng, GQA_PER_IMAGE)) for scene in scenes))
 
 
@@ -76,14 +97,14 @@ def write_gqa_of(folder: Path, asked: Iterable[tuple[Scene, list[q.Question]]]) 
     (folder / "testdev_balanced_questions.json").write_text(json.dumps(annotations, indent=0))
 
 
-def write_pope(folder: Path, rng: np.random.Generator, scale: float = 1.0, split: str = "test") -> None:
+def write_pope(folder: Path, rng: np.random.Generator, scale: float = 1.0, pictures: Pictures = Pictures()) -> None:
     """`llava_pope_test.jsonl`, `coco/coco_pope_<category>.json` and `val2014/`.
 
     Each picture is asked about two coloured shapes it shows and two it does not: any absent ones (random), absent ones
     that are frequent in the other pictures (popular), absent ones that share a colour or a shape with a present one
     (adversarial).
     """
-    scenes = [_scene_with(rng, split, lambda s: len(_pairs(s)) >= 2) for _ in range(_count(POPE_IMAGES, scale))]
+    scenes = [pictures.draw(rng, good=lambda s: len(_pairs(s)) >= 2) for _ in range(_count(POPE_IMAGES, scale))]
     frequency = Counter(pair for scene in scenes for pair in _pairs(scene))
     names = [f"COCO_val2014_{number:012d}.jpg" for number in range(1, len(scenes) + 1)]
     for name, scene in zip(names, scenes, strict=True):
@@ -103,11 +124,11 @@ def write_pope(folder: Path, rng: np.random.Generator, scale: float = 1.0, split
     _write_jsonl(folder / "llava_pope_test.jsonl", rows)
 
 
-def write_textvqa(folder: Path, rng: np.random.Generator, scale: float = 1.0, split: str = "test") -> None:
+def write_textvqa(folder: Path, rng: np.random.Generator, scale: float = 1.0, pictures: Pictures = Pictures()) -> None:
     """`llava_textvqa_val_v051_ocr.jsonl` (its OCR line empty), `TextVQA_0.5.1_val.json` and `train_images/`."""
     rows, data = [], []
     for number in range(_count(TEXTVQA_IMAGES, scale)):
-        scene = _scene_with(rng, split, lambda s: s.of("word") and s.of("digit"), want=("word", "digit"))
+        scene = pictures.draw(rng, ("word", "digit"), lambda s: s.of("word") and s.of("digit"))
         image_id = f"{number:016x}"
         _save(scene, folder / "train_images" / f"{image_id}.jpg")
         for maker in (q.word, q.digit):
@@ -131,13 +152,13 @@ def write_textvqa(folder: Path, rng: np.random.Generator, scale: float = 1.0, sp
     (folder / "TextVQA_0.5.1_val.json").write_text(json.dumps(content, indent=0))
 
 
-def write_mme(folder: Path, rng: np.random.Generator, scale: float = 1.0, split: str = "test") -> None:
+def write_mme(folder: Path, rng: np.random.Generator, scale: float = 1.0, pictures: Pictures = Pictures()) -> None:
     """`llava_mme.jsonl` and `MME_Benchmark_release_version/<category>/`: one "yes" and one "no" per picture."""
     rows = []
     for category, maker in MME_MAKERS.items():
         target = folder / "MME_Benchmark_release_version" / category
         for number in range(_count(MME_IMAGES, scale)):
-            scene, pair = _mme_pair(rng, split, maker)
+            scene, pair = _mme_pair(rng, pictures, maker)
             name = f"{number:06d}"
             _save(scene, target / f"{name}.jpg")
             path = f"{category}/{name}.jpg"
@@ -150,22 +171,14 @@ def write_mme(folder: Path, rng: np.random.Generator, scale: float = 1.0, split:
 WRITERS = {"gqa": write_gqa, "pope": write_pope, "textvqa": write_textvqa, "MME": write_mme}
 
 
-def _mme_pair(rng: np.random.Generator, split: str, maker: q.Maker) -> tuple[Scene, list[q.Question]]:
+def _mme_pair(rng: np.random.Generator, pictures: Pictures, maker: q.Maker) -> tuple[Scene, list[q.Question]]:
     """A scene for which the maker has a "yes" and a "no" question, and the two."""
     want = ("word",) if maker is q.word_verify else ()
     while True:
-        scene = make_scene(rng, split, want=want)
+        scene = pictures.draw(rng, want)
         pair = [maker(scene, rng, True), maker(scene, rng, False)]
         if None not in pair:
             return scene, pair
-
-
-def _scene_with(rng: np.random.Generator, split: str, good, want: tuple[str, ...] = ()) -> Scene:
-    """A scene of a split that satisfies `good`."""
-    while True:
-        scene = make_scene(rng, split, want=want)
-        if good(scene):
-            return scene
 
 
 def _pairs(scene: Scene) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ not.
 """
 
 import io
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -112,6 +112,8 @@ class Style:
 
 # Backgrounds duller and darker than the objects, as signs and stickers stand out from a street, and small things.
 DIM = Style()
+# The same with things of five to seven patches, as in photographs: budgets then cost what they cost on real benchmarks.
+LARGE = replace(DIM, shapes=(70, 100), digits=(70, 100), letters=(28, 34))
 # Things of two to six patches on photographs of ordinary brightness, with pieces of other photographs between them.
 BRIGHT = Style(
     shapes=(30, 84),

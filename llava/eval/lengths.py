@@ -10,7 +10,9 @@ from torch import Tensor
 
 import apet
 from apet.adapters.stages import budget_for
+from apet.config import FAMILY_PRESETS
 from apet.eval.prompts import Context
+from apet.methods import keeps_positions
 from llava.mm_utils import get_anyres_image_grid_shape, unpad_bounds
 
 # Rotary scalings whose max_position_embeddings counts the longer context already.
@@ -75,7 +77,7 @@ def kept_of_image(
         images: Images of the prompt.
     """
     length, newlines = image_lengths(config, size, crops)
-    if compression.position_mode == "keep":
+    if keeps_positions(compression, FAMILY_PRESETS["llava"].position_mode):
         return length  # what is left has the positions of the whole
     budget, real = compression.stage_budgets[0], length - newlines
     if compression.budget_per == "image":

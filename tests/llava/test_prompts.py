@@ -189,11 +189,16 @@ def test_what_cannot_be_asked_is_skipped_and_recorded(short, tmp_path, capsys):
     assert status == 1 and "question 1: the prompt has" in error and "--on_error skip" in error and len(answers) == 1
 
 
-def test_a_prompt_fits_that_compression_makes_short_enough(short, tmp_path):
+def test_a_prompt_fits_that_compression_makes_short_enough(short, tmp_path, capsys):
     status, answers, record = loader(short, tmp_path, TEXTS[:2], "--visual_token_num", "64")
     assert status == 0 and len(answers) == 2 and record["failures"] == []
     status, *_ = loader(short, tmp_path, TEXTS[:2], "--visual_token_num", "64", "--apet", "position_mode=keep")
     assert status == 1  # the tokens left have the positions of all
+    status, *_ = loader(short, tmp_path, TEXTS[:2], "--visual_token_num", "64", "--method", "apet_plus")
+    assert status == 1 and "--apet position_mode=compact" in capsys.readouterr().err
+    compact = ["--method", "apet_plus", "--apet", "position_mode=compact"]
+    status, answers, _ = loader(short, tmp_path, TEXTS[:2], "--visual_token_num", "64", *compact)
+    assert status == 0 and len(answers) == 2
 
 
 @pytest.mark.parametrize("batch", ["1", "3"])

@@ -67,6 +67,7 @@ def test_what_an_engine_cannot_do_is_refused_with_the_reason(fields, says):
 FAMILY_REFUSED = [
     (LLAVA, {"position_mode": "keep"}, "position_mode='keep' is not possible for llava"),
     (QWEN, {"position_mode": "compact"}, "knows 'keep'"),
+    (LLAVA, {"method": "apet_plus", "method_options": {"position_mode": "keep"}}, "is not possible for llava"),
     (LLAVA, {"video_token_num": 8}, "takes no videos"),
     (QWEN, {"budget_per": "image"}, "several crops"),
     (LLAVA, {"method": "nothing"}, "unknown method"),

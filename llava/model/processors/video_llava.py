@@ -9,6 +9,7 @@ from apet import ApetConfig
 from apet.adapters.host import pixel_argument
 from apet.config import FAMILY_PRESETS
 from apet.eval.prompts import around_images
+from apet.methods import keeps_positions
 from apet.serving.counts import video_blocks
 from llava.conversation import new_conversation
 from llava.mm_utils import expand2square
@@ -34,7 +35,7 @@ class VideoLlavaProcessor(FamilyProcessor):
 
     def decoder_tokens(self, compression: ApetConfig, visual: Sequence[int], frames: int | None) -> int:
         """As declared; class tokens take no budget, and frames with a budget of their own get the basis on top."""
-        if compression.position_mode == "keep":
+        if keeps_positions(compression, FAMILY_PRESETS["video_llava"].position_mode):
             return sum(visual)
         if frames is None:
             extra = int(visual[0] > self._patches) if visual else 0
