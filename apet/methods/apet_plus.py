@@ -5,7 +5,8 @@ token and keeps the worst, so near-duplicates far from the basis are all kept. H
 token: the next pick is the token that all picks so far rebuild worst. Attention-free, text-free and training-free
 like ApET. Each part can be switched off:
 
-- `normalise`, `sinks`: the features in which errors are measured, and what becomes of tokens of extreme norm.
+- `projected`, `normalise`, `sinks`: the features in which errors are measured, behind the projector as the decoder gets
+  them, and what becomes of tokens of extreme norm.
 - `outlier`: weight on tokens that resemble the image's other tokens little (Cen-Prune, arXiv 2608.30263).
 - `rounds`: residuals updated after every pick, or a few times only.
 - `quota`: a guaranteed share of the budget for 4 x 4 windows, in proportion to their error mass.
@@ -45,6 +46,8 @@ class ApetPlus(Method):
     """Residual-updated selection with quota, merging and adaptive budget.
 
     Attributes:
+        projected: Take tokens behind the projector; else in front of it, where the model has one of LLaVA's kind. With
+            `text` always behind it.
         normalise: Features in which errors are measured: "raw", "unit" (norm 1), "centre" (minus the image's mean) or
             "centre_unit".
         sinks: Tokens of extreme norm: "keep" them as they are, "clip" their norms for the selection, or "merge" them
@@ -76,10 +79,11 @@ class ApetPlus(Method):
     idea = "reconstruction error updated with every kept token, spatial quota, merging into all kept tokens"
     reads_sizes = True
 
+    projected: bool = True
     normalise: str = "raw"
     sinks: str = "clip"
     sink_share: float = 0.01
-    outlier: float = 0.0
+    outlier: float = 1.0
     start: str = "farthest"
     rounds: int = 0
     ridge: float = 1e-3
@@ -109,7 +113,7 @@ class ApetPlus(Method):
     @property
     def features(self) -> str:
         """Text can be compared with tokens behind the projector only."""
-        return "post_projector" if self.text else "pre_projector"
+        return "post_projector" if self.projected or self.text else "pre_projector"
 
     @property
     def adaptive(self) -> bool:

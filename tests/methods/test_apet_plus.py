@@ -12,8 +12,16 @@ from apet.methods._volume import Quota, greedy_volume
 from methods import brute_force as brute
 from methods.synthetic import Inputs, noise, run
 
-# The bare selection: no quota, no noise, no sinks, largest norm first, nothing merged.
-BARE = {"normalise": "raw", "quota": 0.0, "ridge": 0.0, "sinks": "keep", "start": "norm", "merge": False}
+# The bare selection: no quota, no noise, no sinks, no weights, largest norm first, nothing merged.
+BARE = {
+    "normalise": "raw",
+    "quota": 0.0,
+    "ridge": 0.0,
+    "sinks": "keep",
+    "start": "norm",
+    "merge": False,
+    "outlier": 0.0,
+}
 
 
 def gram(x):
@@ -215,18 +223,18 @@ def test_error_target_stops_where_enough_is_explained():
 
 def test_text_multiplies_the_error():
     tokens, inputs = noise(2, 30, 8), Inputs.random(2, 30, 8)
-    plain = run("apet_plus", tokens, 8, inputs=inputs)
-    guided = run("apet_plus", tokens, 8, inputs=inputs, text=2.0)
+    plain = run("apet_plus", tokens, 8, inputs=inputs, outlier=0)
+    guided = run("apet_plus", tokens, 8, inputs=inputs, outlier=0, text=2.0)
     assert not torch.equal(plain.indices, guided.indices)
     text, mask = inputs.text_embeddings()
     for b in range(2):
         words = text[b][mask[b]]
         relevance = torch.nn.functional.cosine_similarity(tokens[b].unsqueeze(1), words.unsqueeze(0), dim=-1).mean(1)
         assert relevance[guided.indices[b]].mean() > relevance[plain.indices[b]].mean()
-    deep = run("apet_plus", tokens, 8, stage="llm", inputs=inputs, text=2.0)
+    deep = run("apet_plus", tokens, 8, stage="llm", inputs=inputs, outlier=0, text=2.0)
     assert not torch.equal(deep.indices, guided.indices)
-    assert get_method("apet_plus").features == "pre_projector"
-    assert get_method("apet_plus", text=1.0).features == "post_projector"
+    for options, where in (({}, "post"), ({"projected": False}, "pre"), ({"projected": False, "text": 1.0}, "post")):
+        assert get_method("apet_plus", **options).features == f"{where}_projector"
     assert get_method("apet_plus").needs("vision") == get_method("apet_plus").needs("llm") == {}
 
 

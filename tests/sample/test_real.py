@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -196,6 +197,12 @@ def test_grade_resumes_counts_by_picture_and_refuses_what_reads_the_question(fol
     for changed in (["--methods", "apet"], ["--methods", "random", "--split", "train"]):
         with pytest.raises(SystemExit, match="give another --out"):
             real.main([*words, "--pictures", "2", *changed])
+    for settings, says in (
+        ("position_mod=keep", "unknown ApetConfig field 'position_mod'"),
+        ("size_bias", "write name=value"),
+    ):
+        with pytest.raises(SystemExit, match=says):
+            real.main([*words, "--methods", "random", "--apet", settings])
     with pytest.raises(SystemExit, match="divprune not among --methods random"):
         real.main([*words, "--methods", "random", "--against", "none,divprune"])
     deep = SimpleNamespace(
@@ -217,6 +224,8 @@ def test_grade_puts_one_stage_at_each_depth(folder, tmp_path, capsys):
     assert config == apet.ApetConfig(
         method="apet_plus", method_options={"quota": 0}, layer_list=(1,), image_token_list=(16,)
     )
+    assert grade.with_settings(config, "") == config
+    assert grade.with_settings(config, "position_mode=keep") == replace(config, position_mode="keep")
     for depths in ("0", "1000", "a", ""):
         with pytest.raises(SystemExit, match="--depths .* must be layers from 1"):
             real.main([*words, "--depths", depths])

@@ -24,7 +24,7 @@ from apet.adapters import host
 from apet.compare.bootstrap import Outcome, interval, resampled_scores
 from apet.compare.plan import parse_methods
 from apet.compare.published import agreement
-from apet.methods import get_method
+from apet.methods import get_method, parse_options
 from examples.sample_vlm import questions as q
 from examples.sample_vlm.real.ask import budget
 from examples.sample_vlm.real.batches import MIX
@@ -33,6 +33,7 @@ from examples.sample_vlm.real.exam import SEED, held_out
 from examples.sample_vlm.scenes import BRIGHT, CANVAS, Style
 
 NONE = "none"
+SETTINGS = ("methods", "tokens", "depths", "apet", "questions", "split", "sizes")  # what a file of results is made with
 _READ_TEXT = {"text_embeddings", "clip_relevance"}
 
 
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--methods", default="random,apet,apet_plus,divprune", help="beside none")
     parser.add_argument("--tokens", type=int, default=64, help="visual tokens averaged over the decoder layers")
     parser.add_argument("--depths", help="5,10,...: nothing but a stage that leaves --tokens behind one such layer")
+    parser.add_argument("--apet", default="", metavar="NAME=VALUE,...", help="further settings of every compressed run")
     parser.add_argument("--pictures", type=int, default=40)
     parser.add_argument("--questions", type=int, default=12, help="per picture")
     parser.add_argument("--against", default=NONE, help="methods that the table's last lines set the others against")
@@ -59,11 +61,13 @@ def main(args: argparse.Namespace) -> None:
         raise SystemExit(f"--against {args.against!r}: {', '.join(sorted(missing))} not among --methods {args.methods}")
     depths = None if args.depths is None else layers_of(args.depths, model.config.text_config.num_hidden_layers)
     cells = {NONE: None} | {
-        name if depth is None else f"{name}@{depth}": independent_of_questions(model, name, args.tokens, depth)
+        name if depth is None else f"{name}@{depth}": with_settings(
+            independent_of_questions(model, name, args.tokens, depth), args.apet
+        )
         for depth in depths or [None]
         for name in methods
     }
-    settings = {name: getattr(args, name) for name in ("methods", "tokens", "depths", "questions", "split", "sizes")}
+    settings = {name: getattr(args, name) for name in SETTINGS}
     style = BRIGHT if args.sizes is None else sized(args.sizes)
     rows = finished(args.out, settings)
     processor, chat = AutoProcessor.from_pretrained(args.model), Chat(args.model)
@@ -112,6 +116,19 @@ def independent_of_questions(model: nn.Module, method: str, tokens: int, depth: 
     if read:
         raise SystemExit(f"{method} asks for {', '.join(read)}, which the question decides: use apet.compare for it")
     return config
+
+
+def with_settings(config: apet.ApetConfig, text: str) -> apet.ApetConfig:
+    """The configuration with further settings, ``name=value,name=value``.
+
+    Raises:
+        SystemExit: An unknown name, or a value it cannot have.
+    """
+    try:
+        further = parse_options(text, f"--apet {text!r}", "name=value,name=value")
+        return apet.ApetConfig.from_dict(config.to_dict() | further)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def sized(text: str) -> Style:
