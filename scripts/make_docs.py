@@ -113,7 +113,8 @@ _METHOD_OPTIONS = """
 ## Options of the methods
 
 `--method apet_plus:quota=0`, `--apet quota=0` and `ApetConfig(method_options={"quota": 0})` are the same. Methods that
-are not listed have none. `--apet size_bias=true` is the field above, which every method has.
+are not listed have none. `--apet size_bias=true` and `--apet position_mode=keep` are the fields above,
+which every method has.
 
 | method | option | default | meaning |
 |---|---|---|---|

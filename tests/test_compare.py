@@ -650,5 +650,6 @@ def test_a_tiny_checkpoint_from_the_command_line(tmp_path, capsys):
 def test_the_documented_ablation_names_variants_that_exist():
     page = (Path(__file__).resolve().parents[1] / "docs" / "compare.md").read_text(encoding="utf-8")
     (text,) = re.findall(r'--methods \\\n\s*"(.*?)"', page, re.DOTALL)
-    methods = plan.parse_methods(re.sub(r"\\\n\s*", "", text).replace("$P", "apet_plus"))
+    names = re.search(r"P=(\S+); O=(\S+)", page)
+    methods = plan.parse_methods(re.sub(r"\\\n\s*", "", text).replace("$P", names[1]).replace("$O", names[2]))
     assert len(methods) > 12 and {"apet", "random", "apet_plus"} < set(methods)
