@@ -4,11 +4,13 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from examples.sample_vlm import benchmarks
 from examples.sample_vlm.questions import OCR_LINE, SUFFIX
+from examples.sample_vlm.scenes import LARGE, PATCH
 
 COMMITTED = Path(__file__).parents[2] / "data" / "sample" / "eval"
 
@@ -112,3 +114,14 @@ def test_train_pictures_are_others(small_benchmarks, tmp_path):
     benchmarks.main(["--out", str(tmp_path), "--scale", "0.02", "--split", "train"])
     name = "gqa/llava_gqa_testdev_balanced.jsonl"
     assert (tmp_path / name).read_text() != (small_benchmarks / name).read_text()
+
+
+def test_the_large_style_draws_things_of_five_to_seven_patches(tmp_path):
+    rng, pictures = np.random.default_rng(1), benchmarks.Pictures(style=LARGE)
+    scenes = [pictures.draw(rng, good=lambda scene: scene.of("shape") and scene.of("digit")) for _ in range(3)]
+    sides = [max(thing.box[2:]) for scene in scenes for thing in scene.of("shape") + scene.of("digit")]
+    assert len(sides) >= 6 and all(4 * PATCH <= side <= 8 * PATCH for side in sides)
+    benchmarks.main(["--out", str(tmp_path), "--scale", "0.02", "--style", "large"])
+    assert {path.name for path in tmp_path.iterdir()} == set(benchmarks.WRITERS)
+    with pytest.raises(SystemExit):
+        benchmarks.main(["--out", str(tmp_path), "--style", "huge"])
