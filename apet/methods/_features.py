@@ -7,7 +7,7 @@ little else.
 import torch
 from torch import Tensor
 
-from apet.methods._select import cosine, top, unit
+from apet.methods._select import top, unit
 from apet.methods._text import min_max
 
 
@@ -43,6 +43,8 @@ def outlierness(x: Tensor) -> Tensor:
     Cosines of the tokens as they are: what all of them share is what makes a token common (Cen-Prune, arXiv
     2608.30263).
     """
-    similarity = cosine(x)
-    itself = similarity.diagonal(dim1=1, dim2=2)
-    return min_max(-(similarity.sum(-1) - itself) / max(1, x.shape[1] - 1))
+    directions = unit(x)
+    # The sum of cosines is one product with the sum of directions: no (N, N) matrix.
+    everything = (directions @ directions.sum(1, keepdim=True).transpose(1, 2)).squeeze(-1)
+    itself = directions.square().sum(-1)
+    return min_max((itself - everything) / max(1, x.shape[1] - 1))
