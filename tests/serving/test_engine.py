@@ -131,11 +131,14 @@ def prompts(reference, shown=SHOWN):
     ]
 
 
+# What apet_plus does by itself where the host can, and an engine cannot.
+AS_ENGINES_DO = {"size_bias": False, "position_mode": "compact"}
 CASES = [
     ("qwen", None), ("qwen", {"image_token_ratio": 0.3}), ("qwen", {"visual_token_num": 5, "method": "divprune"}),
     ("qwen3", {"visual_token_num": 6}), ("llava_onevision", {"image_token_ratio": 0.5}),
     ("internvl", {"visual_token_num": 4}),
     ("next", None), ("next", {"visual_token_num": 16}), ("next", {"visual_token_num": 60, "budget_per": "image"}),
+    ("next", {"visual_token_num": 16, "method": "apet_plus", "method_options": AS_ENGINES_DO}),
 ]  # fmt: skip
 
 
